@@ -1,0 +1,122 @@
+"""The one annotation schema: an image and everything that is said about it.
+
+Every reader produces :class:`Record` and every shard holds it, so a caption set, a detection set and a set of referring
+expressions differ only in which lists are filled. Boxes are ``xyxy`` in pixels of the stored image, floats, exclusive
+right and bottom.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Box = tuple[float, float, float, float]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RLE(Strict):
+    """A binary mask in COCO's compressed run-length encoding; ``size`` is height, width."""
+
+    size: tuple[int, int]
+    counts: str
+
+
+class Region(Strict):
+    """A box with free descriptions ("the man left of the dog"); all describe the same box."""
+
+    box_xyxy: Box
+    descriptions: Annotated[list[Text], Field(min_length=1)]
+    attributes: list[Text] = []
+    mask: RLE | None = None
+
+
+class Object(Strict):
+    """A box with a class label ("dog") and adjectives that may be put before it ("brown")."""
+
+    box_xyxy: Box
+    label: Text
+    attributes: list[Text] = []
+    mask: RLE | None = None
+
+
+class Phrase(Strict):
+    """A span of one caption and the boxes it names (Flickr30k Entities); no boxes: named but not drawn."""
+
+    caption: int
+    start: int
+    end: int
+    boxes_xyxy: list[Box] = []
+
+
+class Expression(Strict):
+    """A referring expression; without a box it names something that is not in the image. ``tags`` slice reports."""
+
+    text: Text
+    box_xyxy: Box | None = None
+    mask: RLE | None = None
+    tags: list[str] = []
+
+
+class Question(Strict):
+    """A question and its answers with weights (VQA: the share of annotators who gave it)."""
+
+    text: Text
+    answers: dict[str, float] = {}
+    kind: str = ""
+
+
+class Statement(Strict):
+    """A sentence about this image (the left one) and the record with id ``other``; true or false (NLVR2)."""
+
+    text: Text
+    other: str
+    label: bool
+
+
+class Record(Strict):
+    """One image and its annotations. ``id`` is unique within a source; ``width`` and ``height`` are of the image."""
+
+    id: Text
+    source: Text
+    split: Literal["train", "val", "test"] = "train"
+    width: Annotated[int, Field(gt=0)]
+    height: Annotated[int, Field(gt=0)]
+    captions: list[Text] = []
+    regions: list[Region] = []
+    objects: list[Object] = []
+    phrases: list[Phrase] = []
+    expressions: list[Expression] = []
+    questions: list[Question] = []
+    statements: list[Statement] = []
+    licence: str = ""
+    credit: str = ""
+    tags: list[str] = []
+
+    @field_validator("id")
+    @classmethod
+    def id_is_a_file_name(cls, value: str) -> str:
+        if "/" in value or "\\" in value or value.startswith("."):
+            raise ValueError(f"id {value!r} must be usable as a file name: no slash, no leading dot")
+        return value
+
+    @model_validator(mode="after")
+    def boxes_lie_in_the_image(self) -> "Record":
+        boxed: list[tuple[str, Box]] = [(f"regions.{i}", r.box_xyxy) for i, r in enumerate(self.regions)]
+        boxed += [(f"objects.{i}", o.box_xyxy) for i, o in enumerate(self.objects)]
+        boxed += [(f"expressions.{i}", e.box_xyxy) for i, e in enumerate(self.expressions) if e.box_xyxy]
+        boxed += [(f"phrases.{i}", box) for i, p in enumerate(self.phrases) for box in p.boxes_xyxy]
+        for where, (left, top, right, bottom) in boxed:
+            if not (0 <= left < right <= self.width and 0 <= top < bottom <= self.height):
+                raise ValueError(
+                    f"{where}: box ({left:g}, {top:g}, {right:g}, {bottom:g}) is not a box inside the "
+                    f"{self.width}x{self.height} image (expected 0 <= left < right <= width, likewise top and bottom)"
+                )
+        for i, phrase in enumerate(self.phrases):
+            if not (0 <= phrase.caption < len(self.captions)):
+                raise ValueError(f"phrases.{i}: caption {phrase.caption} of {len(self.captions)}")
+            if not (0 <= phrase.start < phrase.end <= len(self.captions[phrase.caption])):
+                raise ValueError(f"phrases.{i}: span {phrase.start}:{phrase.end} is outside its caption")
+        return self

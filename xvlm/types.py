@@ -1,0 +1,128 @@
+"""What travels between the parts: texts, regions, batches, image concepts, word states, groundings."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Movable:
+    """Moves every tensor of a dataclass, nested ones too."""
+
+    def to(self, device: torch.device | str):
+        def move(value):
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor | Movable) else value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Texts(Movable):
+    """Token ids, [CLS] first; ``mask`` is true on tokens, false on padding."""
+
+    ids: Int[Tensor, "text word"]
+    mask: Bool[Tensor, "text word"]
+
+
+@dataclass(frozen=True)
+class Masked(Movable):
+    """The same texts with words hidden: replaced ids, and where (true) the original id is to be guessed."""
+
+    ids: Int[Tensor, "text word"]
+    hidden: Bool[Tensor, "text word"]
+
+
+@dataclass(frozen=True)
+class Regions(Movable):
+    """What each text is about: an image of the batch, and in it a box. A caption's box is the whole image."""
+
+    image: Int[Tensor, "text"]
+    boxes_cxcywh: Float[Tensor, "text 4"]  # normalised to the image
+    boxes_xywh: Float[Tensor, "text 4"]  # pixels of the image; decides patches (see boxes.patch_mask)
+    whole: Bool[Tensor, "text"]  # true: about the whole image, has no box to predict
+
+
+@dataclass(frozen=True)
+class Batch(Movable):
+    """Images and the texts about them. ``ids`` name the records (image by image), ``skipped`` the broken ones."""
+
+    images: Float[Tensor, "image 3 height width"]
+    texts: Texts
+    regions: Regions
+    masked: Masked | None = None
+    ids: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    sources: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Concepts(Movable):
+    """Images, regions and objects ready to be looked at: X-VLM's visual concepts.
+
+    Patches are stored once per row (an image; a region only where a ViT re-encodes it) and concepts point at them, so
+    that a hundred regions of an image share its patches. A concept's tokens are ``[pooled, patches it may see]``.
+    """
+
+    patches: Float[Tensor, "row patch dim"]
+    pooled: Float[Tensor, "concept dim"]
+    row: Int[Tensor, "concept"]
+    mask: Bool[Tensor, "concept patch"]
+    grid: tuple[int, int]
+
+    def take(self, index: Int[Tensor, "chosen"]) -> "Concepts":
+        """The chosen concepts; patches stay where they are."""
+        return replace(self, pooled=self.pooled[index], row=self.row[index], mask=self.mask[index])
+
+
+@dataclass(frozen=True)
+class Words(Movable):
+    """Contextual word states, packed: only real tokens are stored, text after text.
+
+    ``mask`` (text, word) says which positions of the padded layout they fill.
+    """
+
+    states: Float[Tensor, "token dim"]
+    mask: Bool[Tensor, "text word"]
+
+    @property
+    def starts(self) -> Int[Tensor, "text"]:
+        """Row of ``states`` at which each text begins."""
+        lengths = self.mask.sum(1)
+        return lengths.cumsum(0) - lengths
+
+    @property
+    def first(self) -> Float[Tensor, "text dim"]:
+        """State of each text's [CLS]."""
+        return self.states[self.starts]
+
+    def padded(self) -> Float[Tensor, "text word dim"]:
+        """States in the padded layout, zeros on padding."""
+        out = self.states.new_zeros(*self.mask.shape, self.states.shape[-1])
+        return out.masked_scatter(self.mask[..., None], self.states)
+
+    def take(self, index: Int[Tensor, "chosen"]) -> "Words":
+        """The chosen texts, repeats allowed."""
+        mask = self.mask[index]
+        offset = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]
+        return Words(self.states[self.starts[index].repeat_interleave(mask.sum(1)) + offset], mask)
+
+
+@dataclass(frozen=True)
+class Grounded(Movable):
+    """What every grounder returns for one phrase: boxes in pixels of the image given, best first.
+
+    ``presence`` is the probability that the phrase is in the image at all, where the method has one.
+    """
+
+    boxes_xyxy: Float[Tensor, "box 4"]
+    scores: Float[Tensor, "box"]
+    presence: float | None = None
+    masks: Bool[Tensor, "box height width"] | None = None
+
+
+class Trainable(Protocol):
+    """What :func:`xvlm.fit` trains: a module that returns its losses by name."""
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]: ...
