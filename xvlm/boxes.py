@@ -108,6 +108,23 @@ def patch_mask(
     return rearrange(mask, "n row column -> n (row column)")
 
 
+def patch_cover(
+    boxes_xywh: Float[Tensor, "n 4"], grid: tuple[int, int], size: tuple[float, float]
+) -> Float[Tensor, "n patch"]:
+    """Share of each patch that each box covers, in [0, 1]; a box of no area falls back on :func:`patch_mask`."""
+    rows, columns = grid
+
+    def share(start: Tensor, extent: Tensor, patch: float, n: int) -> Float[Tensor, "n cell"]:
+        edge = torch.arange(n, device=start.device) * patch
+        covered = torch.minimum((start + extent)[:, None], edge + patch) - torch.maximum(start[:, None], edge)
+        return covered.clamp(min=0) / patch
+
+    x, y, w, h = boxes_xywh.float().unbind(-1)
+    vertical, horizontal = share(y, h, size[0] / rows, rows), share(x, w, size[1] / columns, columns)
+    cover = rearrange(vertical[:, :, None] * horizontal[:, None, :], "n row column -> n (row column)")
+    return torch.where(cover.sum(1, keepdim=True) > 0, cover, patch_mask(boxes_xywh, grid, size).float())
+
+
 def nms(boxes_xyxy: Float[Tensor, "n 4"], scores: Float[Tensor, "n"], threshold: float) -> Int[Tensor, "kept"]:
     """Greedy non-maximum suppression: indices of the boxes kept, best score first."""
     overlap = pairwise_iou(boxes_xyxy, boxes_xyxy)

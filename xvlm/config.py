@@ -1,0 +1,138 @@
+"""Configuration files: YAML with an optional base, ``key=value`` over it, checked against the object they configure.
+
+A configuration object is a pydantic model beside the code it configures. Unknown keys, wrong types and values that are
+not among the choices end in one :class:`ConfigError` that names the file, the key and the nearest known name.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says where and why."""
+
+
+class Configured(BaseModel):
+    """What configuration objects share: no unknown keys, no changes after loading, defaults checked too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as people mean it: ``1e-4`` is a number, ``no`` and ``off`` are words."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file, laid over the file its ``base`` names (mappings merge, everything else replaces)."""
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {type(values).__name__}")
+    base = values.pop("base", None)
+    return merge(read_yaml(path.parent / base), values) if base else values
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``: mappings merge key by key, everything else replaces."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``a.b=value`` on top of nested mappings; values are read as YAML."""
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"{override!r}: expected key=value, for example optim.lr=1e-4")
+        nested: Any = parse_yaml(text)
+        for key in reversed(path.split(".")):
+            nested = {key: nested}
+        values = merge(values, nested)
+    return values
+
+
+def load_config(config: type[Config], path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and check a configuration.
+
+    Args:
+        config: the pydantic model to build.
+        path: a YAML file; its optional ``base:`` names another one, relative to it.
+        overrides: ``a.b=value`` strings, laid over the file.
+
+    Raises:
+        ConfigError: naming file, key, what was found and what was expected.
+    """
+    values = apply_overrides(read_yaml(Path(path)), overrides)
+    try:
+        return config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(config, e)}" for e in error.errors())) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """YAML that :func:`load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _explain(config: type[BaseModel], error: Any) -> str:
+    *parents, last = error["loc"] or ("",)
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(config, parents)
+        nearest = difflib.get_close_matches(str(last), known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if error["type"] == "missing":
+        return f"missing key {key!r}"
+    return f"{key}: {error['msg']} (found {error['input']!r})"
+
+
+def _fields_at(config: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """Field names of the model that a location leads to, through optional and list types."""
+    for part in path:
+        field = config.model_fields.get(str(part))
+        if field is None:
+            continue  # an index into a list, or a union's tag
+        found = _models_in(field.annotation)
+        if found:
+            config = found[0]
+    return list(config.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

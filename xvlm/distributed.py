@@ -1,0 +1,83 @@
+"""The one place that talks to other processes; everything works unchanged where there is only one."""
+
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+
+
+class World(NamedTuple):
+    rank: int
+    size: int
+
+
+def world() -> World:
+    """This process's rank and the number of processes; (0, 1) outside a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return World(0, 1)
+
+
+def lengths(n: int, device: torch.device) -> list[int]:
+    """How many rows each process holds."""
+    counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world().size)]
+    dist.all_gather(counts, torch.tensor([n], dtype=torch.long, device=device))
+    return [int(count) for count in counts]
+
+
+def gather(rows: Shaped[Tensor, "local *rest"]) -> Shaped[Tensor, "all *rest"]:
+    """Rows of all processes in order of rank, with the exact gradient: what every process's loss says about the local
+    rows is summed. Under an engine that averages gradients over processes, a loss computed alike on every process then
+    has the same gradient on 1 and on N of them. Processes may hold different numbers of rows.
+    """
+    if world().size == 1:
+        return rows
+    counts = lengths(len(rows), rows.device)
+    padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
+    parts = all_gather_with_gradient(padded.contiguous())
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
+def first_row(n: int, device: torch.device) -> int:
+    """Where this process's rows begin among all processes' rows (see :func:`gather`)."""
+    return sum(lengths(n, device)[: world().rank]) if world().size > 1 else 0
+
+
+def share_of_mean(count: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The factor that turns a sum over local rows into this process's part of the mean over all processes' rows.
+
+    ``sum * factor``, averaged over processes as data-parallel engines do, is the global mean. ``count`` is the local
+    number of rows; nothing anywhere gives 0 instead of a division by zero.
+    """
+    total = count.detach().clone()
+    if world().size > 1:
+        dist.all_reduce(total)
+    return world().size / total.clamp(min=1)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The same value of every process, in order of rank."""
+    if world().size == 1:
+        return [value]
+    values: list[Any] = [None] * world().size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_everyone() -> None:
+    if world().size > 1:
+        dist.barrier()
+
+
+@contextmanager
+def main_first():
+    """Rank 0 runs the body first, the others after it has finished (to find its files in place)."""
+    if world().rank != 0:
+        wait_for_everyone()
+    yield
+    if world().rank == 0:
+        wait_for_everyone()

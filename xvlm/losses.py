@@ -1,0 +1,104 @@
+"""The training objectives as functions: tensors in, one scalar out.
+
+Every loss is a mean over the rows of *all* processes: each process returns its part, scaled so that averaging over
+processes (what data-parallel engines do to gradients) gives the gradient of that global mean.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from xvlm import boxes, distributed
+
+
+def contrastive(
+    image: Float[Tensor, "pair dim"],
+    text: Float[Tensor, "pair dim"],
+    temperature: Float[Tensor, ""],
+    same: Int[Tensor, "pair"] | None = None,
+) -> Float[Tensor, ""]:
+    """Image-text contrastive loss (ITC; X-VLM ``get_contrastive_loss``): cross-entropy both ways over all processes.
+
+    Args:
+        image, text: unit-length features of corresponding pairs.
+        temperature: divides the similarities.
+        same: a number per pair; pairs with equal numbers are all positives of each other, sharing the target evenly
+            (X-VLM's ``idx``). Without it only the diagonal is.
+    """
+    image, text = distributed.gather(image), distributed.gather(text)
+    logits = image @ text.T / temperature
+    if same is None:
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    same = distributed.gather(same)
+    positives = (same[:, None] == same[None]).to(logits.dtype)
+    target = positives / positives.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@torch.no_grad()
+def negative_weights(
+    image: Float[Tensor, "pair dim"],
+    text: Float[Tensor, "pair dim"],
+    temperature: Float[Tensor, ""],
+    forbidden: Bool[Tensor, "pair pair"],
+) -> tuple[Float[Tensor, "pair pair"], Float[Tensor, "pair pair"]]:
+    """Weights to draw hard negatives from: row b of the first, a wrong image for text b; of the second, a wrong text
+    for image b. Softmax of the similarities plus 1e-5, forbidden entries 0 (X-VLM ``get_matching_loss``).
+    """
+    logits = (image @ text.T / temperature).float()
+    wrong_image = (logits.T.softmax(1) + 1e-5).masked_fill(forbidden.T, 0)
+    wrong_text = (logits.softmax(1) + 1e-5).masked_fill(forbidden, 0)
+    return wrong_image, wrong_text
+
+
+@torch.no_grad()
+def hard_negatives(
+    image: Float[Tensor, "pair dim"],
+    text: Float[Tensor, "pair dim"],
+    temperature: Float[Tensor, ""],
+    forbidden: Bool[Tensor, "pair pair"] | None = None,
+) -> tuple[Int[Tensor, "negative"], Int[Tensor, "negative"], Int[Tensor, "negative"], Int[Tensor, "negative"]]:
+    """Draw a similar but wrong image for each text and a wrong text for each image, from the local pairs.
+
+    Returns:
+        ``(texts, their wrong images, images, their wrong texts)`` as row numbers. A row that no negative is left for
+        (all its mates forbidden, or a batch of one) is left out instead of failing.
+    """
+    if forbidden is None:
+        forbidden = torch.eye(len(image), dtype=torch.bool, device=image.device)
+    wrong_image, wrong_text = negative_weights(image, text, temperature, forbidden)
+    texts, images = wrong_image.sum(1).nonzero()[:, 0], wrong_text.sum(1).nonzero()[:, 0]
+    return texts, _draw(wrong_image[texts]), images, _draw(wrong_text[images])
+
+
+def _draw(weights: Float[Tensor, "row choice"]) -> Int[Tensor, "row"]:
+    if len(weights) == 0:
+        return torch.zeros(0, dtype=torch.long, device=weights.device)
+    return torch.multinomial(weights, 1)[:, 0]
+
+
+def matching(logits: Float[Tensor, "row 2"], match: Int[Tensor, "row"]) -> Float[Tensor, ""]:
+    """Image-text matching (ITM): cross-entropy of match (1) against mismatch (0)."""
+    return _global_mean(F.cross_entropy(logits.float(), match, reduction="none"))
+
+
+def masked_words(logits: Float[Tensor, "hole vocabulary"], words: Int[Tensor, "hole"]) -> Float[Tensor, ""]:
+    """Masked language modelling (MLM): cross-entropy of the hidden words; a mean over all processes' hidden words."""
+    return _global_mean(F.cross_entropy(logits.float(), words, reduction="none"))
+
+
+def box_l1_giou(
+    predicted_cxcywh: Float[Tensor, "box 4"], target_cxcywh: Float[Tensor, "box 4"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Box losses (X-VLM ``get_bbox_loss``): L1 summed over the four normalised coordinates, and 1 - GIoU."""
+    predicted, target = predicted_cxcywh.float(), target_cxcywh.float()
+    l1 = (predicted - target).abs().sum(-1)
+    giou = boxes.giou(boxes.cxcywh_to_xyxy(predicted), boxes.cxcywh_to_xyxy(target))
+    return _global_mean(l1), _global_mean(1 - giou)
+
+
+def _global_mean(values: Float[Tensor, "row"]) -> Float[Tensor, ""]:
+    count = torch.tensor(float(len(values)), device=values.device)
+    return values.sum() * distributed.share_of_mean(count)

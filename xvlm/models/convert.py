@@ -1,0 +1,138 @@
+"""State dicts of other systems into ours: tables of names, nothing else.
+
+Each function is pure: names and tensors in, names and tensors out. What comes out is then loaded strictly, so a name
+that no rule knows is an error and not a half-loaded model.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+# BERT's names (with X-VLM's cross-attention) within one layer.
+_LAYER = {
+    r"attention\.self\.(query|key|value)\.": r"attention.\1.",
+    r"attention\.output\.dense\.": r"attention.out.",
+    r"attention\.output\.LayerNorm\.": r"attention.norm.",
+    r"crossattention\.self\.(query|key|value)\.": r"cross_attention.\1.",
+    r"crossattention\.output\.dense\.": r"cross_attention.out.",
+    r"crossattention\.output\.LayerNorm\.": r"cross_attention.norm.",
+    r"intermediate\.dense\.": r"expand.",
+    r"output\.dense\.": r"contract.",
+    r"output\.LayerNorm\.": r"norm.",
+}
+_REST = {
+    r"embeddings\.word_embeddings\.": r"text.words.",
+    r"embeddings\.position_embeddings\.": r"text.positions.",
+    r"embeddings\.token_type_embeddings\.": r"text.types.",
+    r"embeddings\.LayerNorm\.": r"text.norm.",
+    r"cls\.predictions\.transform\.dense\.": r"word_head.dense.",
+    r"cls\.predictions\.transform\.LayerNorm\.": r"word_head.norm.",
+    r"cls\.predictions\.bias$": r"word_head.bias",
+}
+# Buffers that are rebuilt, the second names of tied tensors, and BERT's pooler and next-sentence head.
+_DROPPED = r"(embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)|pooler\..*|cls\.seq_relationship\..*)$"
+
+_OFFICIAL = {
+    r"temp$": "temperature",
+    r"vision_proj\.": "image_projection.",
+    r"text_proj\.": "text_projection.",
+    r"itm_head\.": "itm_head.",
+    r"bbox_head\.": "box_head.",
+}
+
+
+def bert(state: State, text_layers: int) -> State:
+    """A BERT-family state dict (bert-base-uncased, MiniLM, X-VLM's) -> text encoder, cross encoder, word head.
+
+    Args:
+        text_layers: how many layers make the text encoder; the layers above become the cross encoder.
+    """
+
+    def rename(name: str) -> str | None:
+        name = name.removeprefix("bert.")
+        if re.match(_DROPPED, name):
+            return None
+        if found := re.match(r"encoder\.layer\.(\d+)\.(.*)", name):
+            number, inside = int(found[1]), _by_table(_LAYER, found[2])
+            upper = number >= text_layers
+            return f"cross.layers.{number - text_layers}.{inside}" if upper else f"text.layers.{number}.{inside}"
+        return _by_table(_REST, name)
+
+    return _renamed(state, rename)
+
+
+def swin(state: State) -> State:
+    """The official Swin layout -> timm's: merging moves to the next stage's start; index and mask are rebuilt."""
+
+    def rename(name: str) -> str | None:
+        if name.endswith(("relative_position_index", "attn_mask")):
+            return None
+        return re.sub(r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name)
+
+    return _renamed(state, rename)
+
+
+def official(state: State, text_layers: int) -> State:
+    """An official X-VLM pre-training state dict with a Swin trunk -> :class:`xvlm.XVLM`."""
+    parts = {"vision_encoder.": {}, "text_encoder.": {}, "": {}}
+    for name, tensor in state.items():
+        prefix = next(p for p in parts if name.startswith(p))
+        parts[prefix][name.removeprefix(prefix)] = tensor
+    vision = {f"vision.trunk.{name}": tensor for name, tensor in swin(parts["vision_encoder."]).items()}
+    rest = _renamed(parts[""], lambda name: _by_table(_OFFICIAL, name))
+    return vision | bert(parts["text_encoder."], text_layers) | rest
+
+
+def in_order(state: State, target: State) -> State:
+    """Tensors of a state dict under the names of another that lists the same shapes in the same order.
+
+    For checkpoints of the very same architecture under other names (``efficientnet_lite0`` packages).
+
+    Raises:
+        ValueError: the first place at which the two differ.
+    """
+    ours = {name: tensor for name, tensor in target.items() if not name.endswith("num_batches_tracked")}
+    theirs = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    converted = {name: tensor for name, tensor in target.items() if name not in ours}
+    for (name, tensor), (their_name, their_tensor) in zip(ours.items(), theirs.items(), strict=False):
+        if tensor.shape != their_tensor.shape:
+            raise ValueError(
+                f"{their_name} {tuple(their_tensor.shape)} does not fit {name} {tuple(tensor.shape)} at the same place"
+            )
+        converted[name] = their_tensor
+    return converted
+
+
+def _by_table(table: dict[str, str], name: str) -> str:
+    for pattern, replacement in table.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name, count=1)
+    raise ValueError(f"no rule for the tensor {name!r}")
+
+
+def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
+    return {new: tensor for name, tensor in state.items() if (new := rename(name)) is not None}
+
+
+def read_checkpoint(path: object) -> State:
+    """A state dict from a ``.pth``/``.th``/``.safetensors`` file without executing what a pickle might contain.
+
+    Raises:
+        ValueError: the file needs more than tensors and plain containers, or holds no state dict.
+    """
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(str(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not loaded, because it does not load as plain weights: {error}") from None
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a state dict of tensors, found {type(state).__name__}")
+    return state

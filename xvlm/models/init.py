@@ -1,0 +1,65 @@
+"""Where a model's weights come from before training: a folder of ours, or a trunk and a BERT, or nothing."""
+
+import json
+
+import torch
+
+from xvlm import hub
+from xvlm.config import Configured
+from xvlm.models import convert
+from xvlm.models.xvlm import XVLM, XVLMConfig, load_strictly
+
+
+class InitConfig(Configured):
+    """Places as :func:`xvlm.hub.locate` understands them; what none names starts from random values."""
+
+    model: str | None = None  # a whole model: a folder of ours or a hub name
+    vision: str | None = None  # the trunk's weights: a file, with timm's names or with the same tensors in order
+    text: str | None = None  # a BERT-family folder, whose lower layers read and whose upper layers fuse
+
+
+def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]]:
+    """Build a model and load what ``init`` names.
+
+    Returns:
+        The model, and the names of parameters that start fresh while others are pre-trained (X-VLM's
+        ``init_params``: they learn at twice the rate); empty when everything starts fresh, or nothing does.
+
+    Raises:
+        ValueError: weights that do not fit the configuration, by name.
+    """
+    if init.model is not None:
+        model = XVLM.from_pretrained(init.model).train()
+        if model.config != config:
+            raise ValueError(
+                f"init.model {init.model}: its configuration differs from model: {_difference(model.config, config)}"
+            )
+        return model, []
+    model = XVLM(config)
+    loaded: dict[str, torch.Tensor] = {}
+    if init.vision is not None:
+        file = hub.locate(init.vision)
+        state, target = convert.read_checkpoint(file), model.vision.trunk.state_dict()
+        state = state if state.keys() == target.keys() else convert.in_order(state, target)
+        loaded |= {f"vision.trunk.{name}": tensor for name, tensor in state.items()}
+    if init.text is not None:
+        loaded |= _text_weights(model, init.text)
+    load_strictly(model, model.state_dict() | loaded, [init.vision, init.text])
+    return model, [name for name, _ in model.named_parameters() if name not in loaded] if loaded else []
+
+
+def _text_weights(model: XVLM, name: str) -> dict[str, torch.Tensor]:
+    folder, text = hub.locate(name), model.config.text
+    theirs = json.loads((folder / "config.json").read_text())
+    layers = text.text_layers + text.cross_layers
+    if theirs["num_hidden_layers"] != layers or theirs["num_attention_heads"] != text.heads:
+        raise ValueError(
+            f"init.text {name}: {theirs['num_hidden_layers']} layers with {theirs['num_attention_heads']} heads, "
+            f"but model.text asks for {text.text_layers} + {text.cross_layers} layers with {text.heads} heads"
+        )
+    return convert.bert(convert.read_checkpoint(folder / "model.safetensors"), text.text_layers)
+
+
+def _difference(a: XVLMConfig, b: XVLMConfig) -> str:
+    ours, theirs = a.model_dump(), b.model_dump()
+    return "; ".join(f"{key}: {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs[key])

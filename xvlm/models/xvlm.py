@@ -1,0 +1,169 @@
+"""XVLM: three verbs (encode_image, encode_text, fuse), the projections and the pre-training heads."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from xvlm import hub
+from xvlm.config import Configured
+from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder
+from xvlm.models.vision import VisionConfig, VisionEncoder
+from xvlm.types import Concepts, Regions, Texts, Words
+
+SCHEMA = 1  # of config.json; raised when a saved folder needs a named upgrade step
+
+
+class XVLMConfig(Configured):
+    """Shape of the model; with the defaults, the published X-VLM base model (215,637,241 parameters)."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    embed_dim: int = 256  # of the space in which images and texts are compared
+    temperature: float = 0.07
+
+
+class Head(nn.Sequential):
+    """X-VLM's head (``build_mlp``): Linear to twice the width, LayerNorm, GELU, Linear."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__(nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, out))
+
+
+class WordHead(nn.Module):
+    """BERT's masked-word head; its last matrix is the word embedding, passed in so that it is stored once."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.dim, config.dim)
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(
+        self, states: Float[Tensor, "hole dim"], vocabulary: Float[Tensor, "word dim"]
+    ) -> Float[Tensor, "hole word"]:
+        return F.linear(self.norm(F.gelu(self.dense(states))), vocabulary, self.bias)
+
+
+class XVLM(nn.Module):
+    """A vision-language model of images, regions and objects (X-VLM, arXiv 2111.08276)."""
+
+    def __init__(self, config: XVLMConfig):
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(config.vision)
+        self.text = TextEncoder(config.text)
+        self.cross = CrossEncoder(config.text, self.vision.dim)
+        self.word_head = WordHead(config.text)
+        for part in (self.text, self.cross, self.word_head):
+            part.apply(_initialise_like_bert)
+        self.image_projection = nn.Linear(self.vision.dim, config.embed_dim)
+        self.text_projection = nn.Linear(config.text.dim, config.embed_dim)
+        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.itm_head = Head(config.text.dim, 2)
+        self.box_head = Head(config.text.dim, 4)
+
+    # The three verbs.
+
+    def encode_image(self, images: Float[Tensor, "image 3 height width"], regions: Regions | None = None) -> Concepts:
+        """Images as concepts, in order; with ``regions``, one more concept for each of them, in order, behind."""
+        return self.vision(images, regions)
+
+    def encode_text(self, texts: Texts) -> Words:
+        """Contextual word states that have not seen an image."""
+        return self.text(texts)
+
+    def fuse(
+        self, words: Words, concepts: Concepts, about: Int[Tensor, "text"], *, keep_map: int | None = None
+    ) -> Words:
+        """Word states after looking at a concept each: text ``t`` at concept ``about[t]``.
+
+        Several questions to the same images (right pairs, wrong pairs, hidden words, boxes) are one call on a longer
+        list of texts: patches are projected once, whoever looks. See :meth:`CrossEncoder.forward` for ``keep_map``.
+        """
+        return self.cross(words, concepts, about, keep_map=keep_map)
+
+    # What is read off their results.
+
+    def embed_image(self, concepts: Concepts) -> Float[Tensor, "concept embed"]:
+        """Unit vectors of concepts, comparable with :meth:`embed_text` by their dot product."""
+        return F.normalize(self.image_projection(concepts.pooled), dim=-1)
+
+    def embed_text(self, words: Words) -> Float[Tensor, "text embed"]:
+        """Unit vectors of texts (their [CLS])."""
+        return F.normalize(self.text_projection(words.first), dim=-1)
+
+    def match(self, fused: Words) -> Float[Tensor, "text 2"]:
+        """Logits that text and concept do not (0) or do (1) belong together."""
+        return self.itm_head(fused.first)
+
+    def locate(self, fused: Words) -> Float[Tensor, "text 4"]:
+        """Box of what each text says, ``cxcywh`` normalised to the image; fuse with whole images for this."""
+        return self.box_head(fused.first).sigmoid()
+
+    def guess_words(self, states: Float[Tensor, "hole dim"]) -> Float[Tensor, "hole word"]:
+        """Logits over the vocabulary for hidden words."""
+        return self.word_head(states, self.text.words.weight)
+
+    # Folders.
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json`` and ``model.safetensors``; ``dtype`` float16 halves the file."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"schema": SCHEMA, **self.config.model_dump(mode="json")}
+        hub.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        state = {name: _as(dtype, tensor) for name, tensor in self.state_dict().items()}
+        with hub.replacing(folder / "model.safetensors") as unfinished:
+            save_file(state, unfinished, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str) -> "XVLM":
+        """Load a folder written by :meth:`save_pretrained`, by path, shipped name (``xvlm-scenes-tiny``) or hub name.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file missing in it.
+            ValueError: a config field or tensor that is missing, unexpected or of another shape, by name.
+        """
+        folder = hub.locate(name)
+        config = json.loads((folder / "config.json").read_text())
+        schema = config.pop("schema", None)
+        if schema != SCHEMA:
+            raise ValueError(f"{folder / 'config.json'}: schema {schema!r}, this version reads {SCHEMA}")
+        model = cls(XVLMConfig.model_validate(config))
+        load_strictly(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        return model.eval()
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], origin: object) -> None:
+    """Copy a state dict into a model; every tensor must find its place and every place its tensor.
+
+    Raises:
+        ValueError: names every missing, unexpected and misshapen tensor.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own.keys() - state.keys()]
+    problems += [f"unexpected {name}" for name in state.keys() - own.keys()]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{origin}: " + "; ".join(sorted(problems)))
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})
+
+
+def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+
+
+def _initialise_like_bert(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,291 @@
+"""The training loop: any task that returns named losses, on one process or many, resumable at any update.
+
+A run is a folder: ``config.yaml``, ``log.jsonl`` and ``state/<step>``. Starting the same command again continues it.
+All randomness of a step is drawn from (seed, step, rank) and all data from a position per stream, so a resumed run
+repeats the uninterrupted one to the bit.
+"""
+
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xvlm import distributed, hub
+from xvlm.config import ConfigError, Configured, dump_config, parse_yaml
+from xvlm.optim import OptimConfig, lr_factor, make_optimizer, set_lr
+from xvlm.types import Batch
+
+Open = Callable[[int], Iterator[Batch]]  # a stream of batches from the given batch number on
+
+
+class TrainConfig(Configured):
+    steps: int = 1000
+    seed: int = 0
+    # `alternate`: with probability `region_probability` an update on a region batch, then one on a caption batch
+    # (X-VLM's Pretrain.py); `joint`: one update on both.
+    recipe: Literal["alternate", "joint"] = "alternate"
+    region_probability: float = 0.5
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2  # newest states that are kept
+    trackers: list[str] = []  # accelerate's: tensorboard, wandb, ...
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
+    """Processes, device and precision; a run that alternates leaves the box head out of some updates."""
+    return Accelerator(
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        log_with=config.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(out)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.recipe == "alternate")],
+    )
+
+
+def claim(out: Path, config: Configured) -> None:
+    """Make a run folder, or check that it belongs to this very configuration.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration; names the keys that differ.
+    """
+    file = out / "config.yaml"
+    if file.exists():
+        before, now = _flat(parse_yaml(file.read_text())), _flat(parse_yaml(dump_config(config)))
+        differ = [
+            f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if differ:
+            raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(differ)}); choose another out=")
+    elif distributed.world().rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        hub.write_atomically(file, dump_config(config))
+
+
+def fit(
+    task: nn.Module,
+    streams: Mapping[str, Open],
+    config: TrainConfig,
+    optim: OptimConfig,
+    out: Path,
+    accelerator: Accelerator,
+    *,
+    fresh: Sequence[str] = (),
+) -> int:
+    """Train ``task`` in place, from the newest state in ``out`` if there is one.
+
+    Args:
+        task: called with ``{stream: batch}``, returns losses by name.
+        streams: how to open each stream of batches at a given batch number.
+        fresh: parameters that learn at the new layers' rate.
+
+    Returns:
+        The step the run began at: 0, or where an earlier start of it had stopped.
+
+    Raises:
+        Interrupted: after SIGTERM or Ctrl-C; the state is saved.
+        FloatingPointError: a loss that is not finite, by name, with the records of the batch.
+    """
+    optimizer = make_optimizer(task, optim, fresh)
+    state = newest_state(out)
+    step, positions = _restore(state, task, optimizer, streams)
+    model, optimizer = accelerator.prepare(task, optimizer)
+    opened: dict[str, Iterator[Batch]] = {}
+    log = _Log(out, accelerator, step, config)
+    stop = _StopRequest()
+    begun = step
+    with tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_main_process) as bar:
+        while step < config.steps:
+            seed_step(config.seed, step)
+            lr = optim.lr * lr_factor(step, config.steps, optim)
+            set_lr(optimizer, lr)
+            for update in updates(config, step, list(streams)):
+                started = time.perf_counter()
+                batches = {}
+                for stream in update:
+                    if stream not in opened:
+                        opened[stream] = streams[stream](positions[stream])
+                    batches[stream] = next(opened[stream]).to(accelerator.device)
+                    positions[stream] += 1
+                waited = time.perf_counter() - started
+                losses = _update(model, batches, optimizer, optim, accelerator)
+                log.add(losses, batches, waited)
+            step += 1
+            rate = log.step(step, lr, bar)
+            bar.update()
+            bar.set_postfix_str(rate, refresh=False)
+            stopping = stop.requested()
+            if step % config.save_every == 0 or step == config.steps or stopping:
+                _save(out, step, positions, accelerator.unwrap_model(model), optimizer, config.keep)
+            if stopping and step < config.steps:
+                raise Interrupted(f"stopped at step {step} of {config.steps}; the same command continues")
+    log.close()
+    return begun
+
+
+def _update(model, batches, optimizer, optim: OptimConfig, accelerator: Accelerator) -> dict[str, Tensor]:
+    with accelerator.autocast():
+        losses = model(batches)
+    total = sum(losses.values())
+    if not torch.isfinite(total):
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        ids = {stream: batch.ids[:8] for stream, batch in batches.items()}
+        raise FloatingPointError(f"losses {values} on the batches with records {ids}")
+    accelerator.backward(total)
+    norm = accelerator.clip_grad_norm_(model.parameters(), optim.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {name: loss.detach() for name, loss in losses.items()} | {"gradient_norm": torch.as_tensor(norm)}
+
+
+def updates(config: TrainConfig, step: int, streams: list[str]) -> list[list[str]]:
+    """Which streams each update of a step reads; the same on every process, whatever else draws random numbers."""
+    if config.recipe == "joint" or len(streams) == 1:
+        return [streams]
+    coin = random.Random(f"{config.seed} recipe {step}").random() < config.region_probability
+    return ([["region"]] if coin else []) + [["caption"]]
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Dropout, stochastic depth and negatives of a step depend on (seed, step, rank) and nothing else."""
+    torch.manual_seed(random.Random(f"{seed} step {step} rank {distributed.world().rank}").getrandbits(63))
+
+
+# States.
+
+
+def newest_state(out: Path) -> Path | None:
+    states = sorted((out / "state").glob("[0-9]*")) if (out / "state").is_dir() else []
+    return states[-1] if states else None
+
+
+def _restore(
+    state: Path | None, task: nn.Module, optimizer: torch.optim.Optimizer, streams: Mapping[str, Open]
+) -> tuple[int, dict[str, int]]:
+    if state is None:
+        return 0, dict.fromkeys(streams, 0)
+    saved = torch.load(state / "state.pt", map_location="cpu", weights_only=True)
+    task.load_state_dict(saved["task"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"], saved["positions"]
+
+
+def _save(out: Path, step: int, positions: dict[str, int], task: nn.Module, optimizer, keep: int) -> None:
+    """Write a state beside its final place and move it there in one step; older ones go only afterwards."""
+    if distributed.world().rank == 0:
+        folder, unfinished = out / "state" / f"{step:08d}", out / "state" / ".unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        saved = {"step": step, "positions": positions, "task": task.state_dict(), "optimizer": optimizer.state_dict()}
+        with hub.replacing(unfinished / "state.pt") as file:
+            torch.save(saved, file)
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+        for old in sorted((out / "state").glob("[0-9]*"))[:-keep]:
+            shutil.rmtree(old)
+    distributed.wait_for_everyone()
+
+
+# Logging.
+
+
+class _Log:
+    """Averages since the last line, to ``log.jsonl``, to the trackers and to the bar."""
+
+    def __init__(self, out: Path, accelerator: Accelerator, step: int, config: TrainConfig):
+        self.accelerator, self.config = accelerator, config
+        self.path = out / "log.jsonl"
+        self._reset()
+        self.skipped = 0
+        if config.trackers:
+            accelerator.init_trackers(out.name)
+        if accelerator.is_main_process:
+            kept = [line for line in read_log(out) if line["step"] <= step]
+            hub.write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.images, self.texts, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], batches: dict[str, Batch], waited: float) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        for batch in batches.values():
+            self.images += len(batch.images)
+            self.texts += len(batch.texts.ids)
+            for skipped in batch.skipped:
+                self.skipped += 1
+                tqdm.write(f"skipped {skipped}")
+        self.waited += waited
+
+    def step(self, step: int, lr: float, bar: tqdm) -> str:
+        seconds = time.perf_counter() - self.since
+        world = distributed.world().size
+        rate = f"{world * self.images / seconds:.0f} images/s {world * self.texts / seconds:.0f} texts/s"
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+            line = {"step": step, "lr": lr, **means}
+            line |= {"images_per_s": world * self.images / seconds, "texts_per_s": world * self.texts / seconds}
+            line |= {"waiting_for_data": self.waited / seconds, "skipped": self.skipped}
+            if self.accelerator.is_main_process:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            self.accelerator.log(line, step=step)
+            self._reset()
+        return rate
+
+    def close(self) -> None:
+        if self.config.trackers:
+            self.accelerator.end_training()
+
+
+def read_log(out: Path) -> list[dict]:
+    """The lines of a run's log; a last line that a kill cut short is left out."""
+    path, lines = out / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class _StopRequest:
+    """SIGTERM and Ctrl-C ask for a clean stop after the step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.signalled = False
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number, _frame) -> None:
+        self.signalled = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def requested(self) -> bool:
+        """Whether any process was asked: all of them leave after the same step."""
+        return any(distributed.gather_objects(self.signalled))
+
+
+def _flat(values, prefix: str = "") -> dict[str, object]:
+    if not isinstance(values, dict):
+        return {prefix.removesuffix("."): values}
+    return {key: v for name, value in values.items() for key, v in _flat(value, f"{prefix}{name}.").items()}
