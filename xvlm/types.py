@@ -73,15 +73,12 @@ class Concepts(Movable):
 
     def take(self, index: Int[Tensor, "chosen"]) -> "Concepts":
         """The chosen concepts; patches stay where they are."""
-        return replace(self, pooled=self.pooled[index], row=self.row[index], mask=self.mask[index])
+        return replace(self, pooled=self.pooled.index_select(0, index), row=self.row[index], mask=self.mask[index])
 
 
 @dataclass(frozen=True)
 class Words(Movable):
-    """Contextual word states, packed: only real tokens are stored, text after text.
-
-    ``mask`` (text, word) says which positions of the padded layout they fill.
-    """
+    """Contextual word states, packed: only the words in ``mask`` (text, word) are stored, text after text."""
 
     states: Float[Tensor, "token dim"]
     mask: Bool[Tensor, "text word"]
@@ -94,8 +91,8 @@ class Words(Movable):
 
     @property
     def first(self) -> Float[Tensor, "text dim"]:
-        """State of each text's [CLS]."""
-        return self.states[self.starts]
+        """State of each text's first stored word, [CLS]."""
+        return self.states.index_select(0, self.starts)
 
     def padded(self) -> Float[Tensor, "text word dim"]:
         """States in the padded layout, zeros on padding."""
@@ -105,8 +102,9 @@ class Words(Movable):
     def take(self, index: Int[Tensor, "chosen"]) -> "Words":
         """The chosen texts, repeats allowed."""
         mask = self.mask[index]
-        offset = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]
-        return Words(self.states[self.starts[index].repeat_interleave(mask.sum(1)) + offset], mask)
+        offset = (mask.cumsum(1) - 1)[mask]
+        start = self.starts[index].repeat_interleave(mask.sum(1))
+        return Words(self.states.index_select(0, start + offset), mask)
 
 
 @dataclass(frozen=True)

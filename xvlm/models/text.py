@@ -1,11 +1,12 @@
 """The text encoder and the cross encoder: the lower and the upper half of a BERT stack, on packed words.
 
-Words of all texts lie one after another without padding; only attention, which needs to know where a text ends, works
-on the padded layout. Image keys and values are projected once per image and layer, however many texts look at it
-(X-VLM, arXiv 2111.08276, section 3.2; reference ``models/xbert.py``).
+Words of all texts lie one after another without padding; only attention works on padded groups: self-attention groups
+words by text, cross-attention by image, because it does not care where a text ends. So the keys and values of an
+image's patches are projected once and never copied, however many texts look at it (X-VLM, arXiv 2111.08276,
+section 3.2; reference ``models/xbert.py``).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,65 +35,142 @@ class TextConfig(Configured):
 
 @dataclass(frozen=True)
 class Packing:
-    """Where packed tokens sit in the padded layout."""
+    """Where packed tokens sit in a padded layout of groups (texts, or images) by slots."""
 
-    mask: Bool[Tensor, "text word"]
+    groups: int
+    slots: int
     position: Int[Tensor, "token"]  # in the flattened padded layout
 
     @classmethod
-    def of(cls, mask: Bool[Tensor, "text word"]) -> "Packing":
-        return cls(mask, mask.flatten().nonzero()[:, 0])
+    def by(cls, group: Int[Tensor, "token"], groups: int) -> "Packing":
+        """Tokens of a group side by side, in their order."""
+        counts = torch.bincount(group, minlength=groups)
+        order = group.argsort(stable=True)
+        slot = torch.empty_like(group)
+        slot[order] = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group[order]]
+        slots = int(counts.max())
+        return cls(groups, slots, group * slots + slot)
 
-    def pad(self, packed: Float[Tensor, "token dim"]) -> Float[Tensor, "text word dim"]:
-        flat = packed.new_zeros(self.mask.numel(), packed.shape[1]).index_copy(0, self.position, packed)
-        return rearrange(flat, "(text word) dim -> text word dim", text=len(self.mask))
+    def pad(self, packed: Tensor) -> Tensor:
+        """(token, …) -> (group, slot, …), zeros where there is no token."""
+        flat = packed.new_zeros(self.groups * self.slots, *packed.shape[1:]).index_copy_(0, self.position, packed)
+        return flat.unflatten(0, (self.groups, self.slots))
 
-    def pack(self, padded: Float[Tensor, "text word dim"]) -> Float[Tensor, "token dim"]:
-        return rearrange(padded, "text word dim -> (text word) dim").index_select(0, self.position)
+    def pack(self, padded: Tensor) -> Tensor:
+        """(group, slot, …) -> (token, …)."""
+        return padded.flatten(0, 1).index_select(0, self.position)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Keys and values of image tokens for one cross layer, and which of them each text may look at."""
+class Page:
+    """Texts laid out for self-attention: several short texts share a group, so that little of it is padding."""
 
-    keys: Float[Tensor, "text seen dim"]
-    values: Float[Tensor, "text seen dim"]
-    mask: Bool[Tensor, "text seen"]
+    text: Int[Tensor, "token"]
+    packing: Packing
+    group_of_text: Int[Tensor, "text"]
+
+    @classmethod
+    def of(cls, mask: Bool[Tensor, "text word"]) -> "Page":
+        lengths = mask.sum(1).tolist()
+        room, used, group, groups = max(lengths), 0, 0, []
+        for length in lengths:
+            if used + length > room:
+                group, used = group + 1, 0
+            used += length
+            groups.append(group)
+        group_of_text = torch.tensor(groups, device=mask.device)
+        text = mask.nonzero()[:, 0]
+        return cls(text, Packing.by(group_of_text[text], group + 1), group_of_text)
+
+    def part(self, only: Bool[Tensor, "text word"]) -> "Page":
+        """Some words of the same texts, in the same groups."""
+        text = only.nonzero()[:, 0]
+        return Page(text, Packing.by(self.group_of_text[text], self.packing.groups), self.group_of_text)
+
+    def sees(self, other: "Page") -> Bool[Tensor, "group slot other"]:
+        """Which words of ``other`` belong to the same text."""
+        mine, theirs = (page.packing.pad(page.text + 1) for page in (self, other))
+        return mine[:, :, None] == theirs[:, None, :]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with output projection, residual and LayerNorm, as in BERT (post-norm).
-
-    After a call with ``keep_map`` the attention probabilities (text, head, word, key) are in ``self.map``.
-    """
+    """BERT's multi-head attention: projections, output, residual and LayerNorm (post-norm)."""
 
     def __init__(self, config: TextConfig, key_dim: int):
         super().__init__()
         self.heads, self.dropout = config.heads, config.dropout
+        self.scale = (config.dim // config.heads) ** -0.5
         self.query = nn.Linear(config.dim, config.dim)
         self.key = nn.Linear(key_dim, config.dim)
         self.value = nn.Linear(key_dim, config.dim)
         self.out = nn.Linear(config.dim, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.map: Tensor | None = None
+
+    def split(self, x: Float[Tensor, "group n dim"]) -> Float[Tensor, "group head n d"]:
+        return rearrange(x, "group n (head d) -> group head n d", head=self.heads)
+
+    def probabilities(self, scores: Float[Tensor, "group head slot key"], visible: Bool[Tensor, "..."]) -> Tensor:
+        # Written out instead of the fused kernel: on CPU it is several times faster on short texts (see `xvlm bench`).
+        scores = (scores * self.scale).masked_fill(~visible, torch.finfo(scores.dtype).min)
+        return F.dropout(scores.softmax(-1), self.dropout, self.training)
+
+    def finish(self, x: Float[Tensor, "token dim"], mixed: Float[Tensor, "token dim"]) -> Float[Tensor, "token dim"]:
+        return self.norm(x + F.dropout(self.out(mixed), self.dropout, self.training))
+
+
+class SelfAttention(Attention):
+    def __init__(self, config: TextConfig):
+        super().__init__(config, config.dim)
 
     def forward(
-        self, x: Float[Tensor, "token dim"], packing: Packing, seen: Seen, *, keep_map: bool = False
-    ) -> Float[Tensor, "token dim"]:
-        def split(t: Tensor) -> Tensor:
-            return rearrange(t, "text n (head d) -> text head n d", head=self.heads)
+        self, asking: Float[Tensor, "asking dim"], asked_from: Page, x: Float[Tensor, "token dim"], page: Page
+    ) -> Float[Tensor, "asking dim"]:
+        """``asking`` tokens, all of ``x`` or some of them, attend to the words of their own text."""
+        q = self.split(asked_from.packing.pad(self.query(asking)))
+        k, v = (self.split(page.packing.pad(f(x))) for f in (self.key, self.value))
+        mixed = self.probabilities(q @ k.transpose(-1, -2), asked_from.sees(page)[:, None]) @ v
+        return self.finish(
+            asking, asked_from.packing.pack(rearrange(mixed, "group head slot d -> group slot (head d)"))
+        )
 
-        q, k, v = split(packing.pad(self.query(x))), split(seen.keys), split(seen.values)
-        mask = seen.mask[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
+
+@dataclass(frozen=True)
+class View:
+    """What each token looks at: its concept's pooled token and the visible patches of that concept's row."""
+
+    concepts: Concepts
+    concept: Int[Tensor, "token"]
+    packing: Packing  # tokens by row of patches
+
+    @classmethod
+    def of(cls, concepts: Concepts, concept: Int[Tensor, "token"]) -> "View":
+        return cls(concepts, concept, Packing.by(concepts.row[concept], len(concepts.patches)))
+
+
+class CrossAttention(Attention):
+    def forward(
+        self, x: Float[Tensor, "token dim"], view: View, *, keep_map: bool = False
+    ) -> Float[Tensor, "token dim"]:
+        """Tokens attend to ``[pooled, visible patches]`` of their concept.
+
+        After a call with ``keep_map`` the probabilities, (token, head, 1 + patch) with gradient, are in ``self.map``.
+        """
+        q = self.query(x)
+        pooled_k, pooled_v = (f(view.concepts.pooled).index_select(0, view.concept) for f in (self.key, self.value))
+        patch_k, patch_v = (self.split(f(view.concepts.patches)) for f in (self.key, self.value))
+        to_patches = self.split(view.packing.pad(q)) @ patch_k.transpose(-1, -2)
+        to_pooled = view.packing.pad(rearrange(q * pooled_k, "token (head d) -> token head d", head=self.heads).sum(-1))
+        scores = torch.cat([rearrange(to_pooled, "row slot head -> row head slot 1"), to_patches], -1)
+        visible = F.pad(view.packing.pad(view.concepts.mask[view.concept]), (1, 0), value=True)
+        probability = self.probabilities(scores, visible[:, None])
         if keep_map:
-            scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-            self.map = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-            mixed = F.dropout(self.map, dropout, self.training) @ v
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        mixed = packing.pack(rearrange(mixed, "text head n d -> text n (head d)"))
-        return self.norm(x + F.dropout(self.out(mixed), self.dropout, self.training))
+            self.map = view.packing.pack(rearrange(probability, "row head slot key -> row slot head key"))
+            probability = view.packing.pad(self.map)
+            probability = rearrange(probability, "row slot head key -> row head slot key")
+        mixed = view.packing.pack(rearrange(probability[..., 1:] @ patch_v, "row head slot d -> row slot (head d)"))
+        share = view.packing.pack(rearrange(probability[..., 0], "row head slot -> row slot head"))
+        pooled = rearrange(pooled_v, "token (head d) -> token head d", head=self.heads) * share[..., None]
+        return self.finish(x, mixed + rearrange(pooled, "token head d -> token (head d)"))
 
 
 class Layer(nn.Module):
@@ -101,19 +179,13 @@ class Layer(nn.Module):
     def __init__(self, config: TextConfig, image_dim: int | None = None):
         super().__init__()
         self.dropout = config.dropout
-        self.attention = Attention(config, config.dim)
-        self.cross_attention = None if image_dim is None else Attention(config, image_dim)
+        self.attention = SelfAttention(config)
+        self.cross_attention = None if image_dim is None else CrossAttention(config, image_dim)
         self.expand = nn.Linear(config.dim, config.feed_forward)
         self.contract = nn.Linear(config.feed_forward, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
 
-    def forward(
-        self, x: Float[Tensor, "token dim"], packing: Packing, image: Seen | None = None, *, keep_map: bool = False
-    ) -> Float[Tensor, "token dim"]:
-        words = Seen(packing.pad(self.attention.key(x)), packing.pad(self.attention.value(x)), packing.mask)
-        x = self.attention(x, packing, words)
-        if image is not None:
-            x = self.cross_attention(x, packing, image, keep_map=keep_map)
+    def feed_forward(self, x: Float[Tensor, "token dim"]) -> Float[Tensor, "token dim"]:
         hidden = self.contract(F.gelu(self.expand(x)))
         return self.norm(x + F.dropout(hidden, self.dropout, self.training))
 
@@ -138,13 +210,12 @@ class TextEncoder(nn.Module):
         longest = texts.mask.shape[1]
         if longest > self.positions.num_embeddings:
             raise ValueError(f"texts of {longest} tokens, but the model has {self.positions.num_embeddings} positions")
-        packing = Packing.of(texts.mask)
-        ids = texts.ids.flatten()[packing.position]
-        position = packing.position % longest
-        x = self.norm(self.words(ids) + self.positions(position) + self.types.weight[0])
+        position = texts.mask.nonzero()[:, 1]
+        x = self.norm(self.words(texts.ids[texts.mask]) + self.positions(position) + self.types.weight[0])
         x = F.dropout(x, self.dropout, self.training)
+        page = Page.of(texts.mask)
         for layer in self.layers:
-            x = layer(x, packing)
+            x = layer.feed_forward(layer.attention(x, page, x, page))
         return Words(x, texts.mask)
 
 
@@ -156,29 +227,36 @@ class CrossEncoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, image_dim) for _ in range(config.cross_layers))
 
     def forward(
-        self, words: Words, concepts: Concepts, about: Int[Tensor, "text"], *, keep_map: int | None = None
+        self,
+        words: Words,
+        concepts: Concepts,
+        about: Int[Tensor, "question"],
+        of: Int[Tensor, "question"] | None = None,
+        only: Bool[Tensor, "question word"] | None = None,
+        *,
+        keep_map: int | None = None,
     ) -> Words:
-        """Let text ``t`` look at concept ``about[t]``.
+        """Each question lets one text look at one concept: text ``of[q]`` (``q`` if not given) at ``about[q]``.
 
-        Args:
-            keep_map: number of a cross layer whose attention map (text, head, word, 1 + patch) is kept, with gradient,
-                in ``layers[n].cross_attention.map``.
+        The first self-attention has not seen the image yet and is done once per text; the last layer is done only for
+        the words asked for in ``only`` (all if not given).
+
+        Returns:
+            States of the words asked for, question by question; their ``mask`` is ``only``.
         """
-        packing = Packing.of(words.mask)
-        chosen = concepts.take(about)
-        mask = F.pad(chosen.mask, (1, 0), value=True)  # the pooled token is always seen
-        x = words.states
+        page = Page.of(words.mask)
+        x = self.layers[0].attention(words.states, page, words.states, page)
+        if of is not None:
+            words = Words(x, words.mask).take(of)
+            x, page = words.states, Page.of(words.mask)
+        asked_from, view = page, View.of(concepts, about[page.text])
         for number, layer in enumerate(self.layers):
-            attention = layer.cross_attention
-            keys = _tokens_of(attention.key, concepts, about, chosen.row)
-            values = _tokens_of(attention.value, concepts, about, chosen.row)
-            x = layer(x, packing, Seen(keys, values, mask), keep_map=number == keep_map)
-        return replace(words, states=x)
-
-
-def _tokens_of(
-    project: nn.Linear, concepts: Concepts, about: Int[Tensor, "text"], row: Int[Tensor, "text"]
-) -> Float[Tensor, "text seen dim"]:
-    """Projected [pooled, patches] per text; every patch and pooled token is projected once, then pointed at."""
-    pooled, patches = project(concepts.pooled), project(concepts.patches)
-    return torch.cat([pooled.index_select(0, about)[:, None], patches.index_select(0, row)], 1)
+            asking = x
+            if number == len(self.layers) - 1 and only is not None:
+                asking = x.index_select(0, only[words.mask].nonzero()[:, 0])
+                asked_from = page.part(only)
+                view = View.of(concepts, about[asked_from.text])
+            if number > 0:
+                asking = layer.attention(asking, asked_from, x, page)
+            x = layer.feed_forward(layer.cross_attention(asking, view, keep_map=number == keep_map))
+        return Words(x, words.mask if only is None else only)

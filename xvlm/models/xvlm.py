@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -78,14 +78,27 @@ class XVLM(nn.Module):
         return self.text(texts)
 
     def fuse(
-        self, words: Words, concepts: Concepts, about: Int[Tensor, "text"], *, keep_map: int | None = None
+        self,
+        words: Words,
+        concepts: Concepts,
+        about: Int[Tensor, "question"],
+        of: Int[Tensor, "question"] | None = None,
+        only: Bool[Tensor, "question word"] | None = None,
+        *,
+        keep_map: int | None = None,
     ) -> Words:
-        """Word states after looking at a concept each: text ``t`` at concept ``about[t]``.
+        """Word states after looking at a concept each: question ``q`` shows text ``of[q]`` the concept ``about[q]``.
 
-        Several questions to the same images (right pairs, wrong pairs, hidden words, boxes) are one call on a longer
-        list of texts: patches are projected once, whoever looks. See :meth:`CrossEncoder.forward` for ``keep_map``.
+        Several questions to the same images (right pairs, wrong pairs, hidden words, boxes) are one call with a longer
+        list: patches are projected once, whoever looks.
+
+        Args:
+            of: which text each question is about; text ``q`` if not given.
+            only: the words whose states are wanted (all if not given); the last layer is computed for them alone.
+            keep_map: number of the cross layer whose attention, (token, head, 1 + patch) with gradient, is kept in
+                ``cross.layers[n].cross_attention.map``.
         """
-        return self.cross(words, concepts, about, keep_map=keep_map)
+        return self.cross(words, concepts, about, of, only, keep_map=keep_map)
 
     # What is read off their results.
 

@@ -3,13 +3,14 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from xvlm import losses
+from xvlm.boxes import cxcywh_to_xyxy
 from xvlm.config import Configured
 from xvlm.models.xvlm import XVLM
-from xvlm.types import Batch, Grounded, Texts
+from xvlm.types import Batch, Concepts, Grounded, Texts, Words
 
 
 class LossWeights(Configured):
@@ -42,49 +43,45 @@ class Task(nn.Module):
         with torch.no_grad():
             self.model.temperature.clamp_(0.001, 0.5)
         return {
-            f"{stream}/{name}": loss for stream, batch in batches.items() for name, loss in self.losses(batch).items()
+            f"{stream}/{name}": loss
+            for stream, batch in batches.items()
+            for name, loss in self.losses(batch, boxes=stream != "caption").items()
         }
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, *, boxes: bool) -> dict[str, Tensor]:
+        """The losses of one batch; ``boxes``: whether it holds regions, which have a box to predict."""
         model, weights = self.model, self.config.weights
-        images, pairs = len(batch.images), len(batch.texts.ids)
         concepts = model.encode_image(batch.images, batch.regions)
         words = model.encode_text(_clean_then_masked(batch))
-        pair = torch.arange(pairs, device=words.mask.device)
-        clean = words.take(pair)
-        image = model.embed_image(concepts.take(images + pair))
-        text = model.embed_text(clean)
+        pair = torch.arange(len(batch.texts.ids), device=words.mask.device)
+        part = len(batch.images) + pair  # concepts: the images first, then what each text is about
+        image, text = model.embed_image(concepts.take(part)), model.embed_text(words)[: len(pair)]
         same = same_texts(batch.texts) if self.config.targets == "same_text" else None
         named: dict[str, Tensor] = {}
         if weights.itc:
             named["itc"] = weights.itc * losses.contrastive(image, text, model.temperature, same)
 
-        # Every question to the images is one row of one `fuse`: which text (clean, or pairs + t when masked) looks at
-        # which concept (image i, or images + r for region r).
-        boxed = (~batch.regions.whole).nonzero()[:, 0] if weights.box_l1 or weights.box_giou else pair[:0]
-        masked = pair if weights.mlm and batch.masked is not None else pair[:0]
-        forbidden = None if same is None else same[:, None] == same[None]
-        wrong = losses.hard_negatives(image, text, model.temperature, forbidden) if weights.itm else (pair[:0],) * 4
-        texts_kept, wrong_image, images_kept, wrong_text = wrong
-        right = pair if weights.itm else pair[:0]
-        asked = torch.cat([right, texts_kept, wrong_text, pairs + masked, boxed])
-        about = torch.cat(
-            [images + right, images + wrong_image, images + images_kept, images + masked, batch.regions.image[boxed]]
-        )
-        fused = model.fuse(words.take(asked), concepts, about)
-
-        matched = len(right) + len(texts_kept) + len(wrong_text)
-        row = torch.arange(len(asked), device=asked.device)
+        # Every question to the images is one row of one `fuse`: which text, which concept, which words are wanted.
+        asked = _Questions(words)
         if weights.itm:
-            logits = model.match(fused.take(row[:matched]))
-            named["itm"] = weights.itm * losses.matching(logits, (row[:matched] < len(right)).long())
-        if len(masked):
-            states = fused.take(row[matched : matched + len(masked)]).states
-            hidden = batch.masked.hidden[batch.texts.mask]
-            guesses = model.guess_words(states[hidden])
+            forbidden = None if same is None else same[:, None] == same[None]
+            texts, wrong_image, images, wrong_text = losses.hard_negatives(image, text, model.temperature, forbidden)
+            match = asked.add(torch.cat([pair, texts, wrong_text]), part[torch.cat([pair, wrong_image, images])])
+        if weights.mlm and batch.masked is not None:
+            guess = asked.add(len(pair) + pair, part, batch.masked.hidden)
+        if boxes and (weights.box_l1 or weights.box_giou):
+            boxed = (~batch.regions.whole).nonzero()[:, 0]
+            locate = asked.add(boxed, batch.regions.image[boxed])
+        fused = asked.fuse(model, concepts)
+
+        if weights.itm:
+            logits = model.match(fused.take(match))
+            named["itm"] = weights.itm * losses.matching(logits, (match < len(pair)).long())
+        if weights.mlm and batch.masked is not None:
+            guesses = model.guess_words(fused.take(guess).states)
             named["mlm"] = weights.mlm * losses.masked_words(guesses, batch.texts.ids[batch.masked.hidden])
-        if weights.box_l1 or weights.box_giou:
-            predicted = model.locate(fused.take(row[matched + len(masked) :]))
+        if boxes and (weights.box_l1 or weights.box_giou):
+            predicted = model.locate(fused.take(locate))
             l1, giou = losses.box_l1_giou(predicted, batch.regions.boxes_cxcywh[boxed])
             named |= {"box_l1": weights.box_l1 * l1, "box_giou": weights.box_giou * giou}
         return named
@@ -92,13 +89,39 @@ class Task(nn.Module):
     @torch.no_grad()
     def predict(self, batch: Batch) -> list[Grounded]:
         """A box for each text of the batch, normalised ``xyxy``, with the matching head's word on its presence."""
-        from xvlm import boxes
-
         concepts = self.model.encode_image(batch.images)
         fused = self.model.fuse(self.model.encode_text(batch.texts), concepts, batch.regions.image)
         presence = self.model.match(fused).float().softmax(-1)[:, 1]
-        located = boxes.cxcywh_to_xyxy(self.model.locate(fused).float()).clamp(0, 1)
+        located = cxcywh_to_xyxy(self.model.locate(fused).float()).clamp(0, 1)
         return [Grounded(box[None], p[None], float(p)) for box, p in zip(located, presence, strict=True)]
+
+
+class _Questions:
+    """Rows of one ``fuse``: collected first, asked together, answers found by their row numbers."""
+
+    def __init__(self, words: Words):
+        self.words = words
+        self.first = torch.zeros_like(words.mask)
+        self.first[:, 0] = True
+        self.of: list[Tensor] = []
+        self.about: list[Tensor] = []
+        self.wanted: list[Tensor] = []
+        self.count = 0
+
+    def add(
+        self, of: Int[Tensor, "row"], about: Int[Tensor, "row"], wanted: Bool[Tensor, "row word"] | None = None
+    ) -> Int[Tensor, "row"]:
+        """Text ``of`` about concept ``about``; its [CLS] is wanted, or the ``wanted`` words. Returns the rows."""
+        self.of.append(of)
+        self.about.append(about)
+        self.wanted.append(self.first[of] if wanted is None else wanted)
+        self.count += len(of)
+        return torch.arange(self.count - len(of), self.count, device=of.device)
+
+    def fuse(self, model: XVLM, concepts: Concepts) -> Words | None:
+        if not self.of:
+            return None
+        return model.fuse(self.words, concepts, torch.cat(self.about), torch.cat(self.of), torch.cat(self.wanted))
 
 
 def _clean_then_masked(batch: Batch) -> Texts:

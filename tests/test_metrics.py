@@ -1,0 +1,151 @@
+"""The figures of merit against values worked out by hand and against slow, obvious code."""
+
+import pytest
+import torch
+
+from xvlm import boxes, metrics
+
+
+def obvious_recall(scores, text_image, k):
+    """Sorting row by row; right where no two scores are equal."""
+    n_images, n_texts = scores.shape
+    asked = [i for i in range(n_images) if i in text_image]
+    found_texts = sum(
+        any(text_image[t] == i for t in sorted(range(n_texts), key=lambda t: -scores[i, t])[:k]) for i in asked
+    )
+    found_images = sum(
+        text_image[t] in sorted(range(n_images), key=lambda i: -scores[i, t])[:k] for t in range(n_texts)
+    )
+    return found_texts / len(asked), found_images / n_texts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_recall_is_what_sorting_gives(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(7, 20, generator=generator)
+    text_image = torch.randint(0, 7, (20,), generator=generator)
+    recall = metrics.recall_at_k(scores, text_image, ks=(1, 3, 5))
+    for k in (1, 3, 5):
+        texts, images = obvious_recall(scores, text_image.tolist(), k)
+        assert recall[f"image_to_text_r{k}"] == pytest.approx(texts)
+        assert recall[f"text_to_image_r{k}"] == pytest.approx(images)
+
+
+def test_an_image_is_found_by_the_best_of_its_texts():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.2], [0.8, 0.3, 0.4, 0.7]])
+    recall = metrics.recall_at_k(scores, torch.tensor([0, 0, 1, 1]), ks=(1, 2))
+    # Image 0: its text 1 is first. Image 1: text 0 is first, its own text 3 second.
+    assert recall["image_to_text_r1"] == 0.5
+    assert recall["image_to_text_r2"] == 1.0
+    # Texts 1 and 3 find their image at once.
+    assert recall["text_to_image_r1"] == 0.5
+    assert recall["text_to_image_r2"] == 1.0
+
+
+def test_equal_scores_count_half():
+    n = 9
+    recall = metrics.recall_at_k(torch.zeros(n, n), torch.arange(n), ks=(1, 4, 5))
+    assert recall["image_to_text_r4"] == recall["text_to_image_r4"] == 0.0  # rank 1 + 8 / 2
+    assert recall["image_to_text_r5"] == recall["text_to_image_r5"] == 1.0
+
+
+def test_texts_of_the_same_image_do_not_compete():
+    recall = metrics.recall_at_k(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), torch.tensor([0, 0, 1]), ks=(1,))
+    assert recall == {"image_to_text_r1": 1.0, "text_to_image_r1": 1.0}
+
+
+def test_what_was_not_scored_is_not_found():
+    scores = torch.full((3, 3), -torch.inf)
+    scores[0, 0] = -5.0
+    recall = metrics.recall_at_k(scores, torch.arange(3), ks=(1, 10))
+    for key, value in recall.items():
+        assert value == pytest.approx(1 / 3), key
+
+
+def test_an_image_without_texts_asks_nothing():
+    recall = metrics.recall_at_k(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), torch.tensor([0, 1]), ks=(1,))
+    assert recall == {"image_to_text_r1": 1.0, "text_to_image_r1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("scores", "text_image", "message"),
+    [
+        (torch.tensor([[float("nan"), 1.0]]), torch.tensor([0, 0]), "1 of 2 are NaN"),
+        (torch.zeros(2, 2), torch.tensor([0, 2]), "0 to 2, but 2 images"),
+        (torch.zeros(2, 0), torch.zeros(0, dtype=torch.long), "no texts"),
+    ],
+)
+def test_scores_that_cannot_be_ranked(scores, text_image, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.recall_at_k(scores, text_image)
+
+
+def test_grounding_accuracy_includes_the_threshold():
+    predicted = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 4], [0, 0, 10, 10]])
+    target = torch.tensor([[0.0, 0, 10, 10]]).expand(3, 4)
+    assert metrics.grounding_accuracy(predicted, target) == pytest.approx(2 / 3)  # IoU 0.5, 0.4, 1
+    assert metrics.grounding_accuracy(predicted, target, threshold=0.6) == pytest.approx(1 / 3)
+    assert metrics.mean_iou(predicted, target) == pytest.approx(1.9 / 3)
+
+
+def test_any_box_and_merged_box_find_different_phrases():
+    two = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]])
+    one_of_them, around_both = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 30, 10]])
+    assert metrics.phrase_grounding(one_of_them, [two]) == {"any_box_acc": 1.0, "merged_box_acc": 0.0}
+    assert metrics.phrase_grounding(around_both, [two]) == {"any_box_acc": 0.0, "merged_box_acc": 1.0}
+
+
+def test_phrase_grounding_on_random_boxes():
+    generator = torch.Generator().manual_seed(0)
+
+    def some(n):
+        corner = torch.rand(n, 2, generator=generator)
+        return torch.cat([corner, corner + 0.3 + torch.rand(n, 2, generator=generator)], 1)
+
+    predicted = some(200)
+    targets = [some(int(n)) for n in torch.randint(1, 4, (200,), generator=generator)]
+    any_box = merged_box = 0
+    for box, true in zip(predicted, targets, strict=True):
+        any_box += any(boxes.iou(box, target).item() >= 0.5 for target in true)
+        hull = torch.tensor([*true[:, :2].min(0).values, *true[:, 2:].max(0).values])
+        merged_box += boxes.iou(box, hull).item() >= 0.5
+    found = metrics.phrase_grounding(predicted, targets)
+    assert 0 < any_box < 200  # the comparison is about something
+    assert 0 < merged_box < 200
+    assert found == {"any_box_acc": any_box / 200, "merged_box_acc": merged_box / 200}
+
+
+def test_phrases_that_cannot_be_scored():
+    box = torch.tensor([[0.0, 0, 1, 1]])
+    with pytest.raises(ValueError, match=r"targets_xyxy\[0\]: no boxes"):
+        metrics.phrase_grounding(box, [torch.zeros(0, 4)])
+    with pytest.raises(ValueError, match="1 predicted boxes, but targets of 2"):
+        metrics.phrase_grounding(box, [box, box])
+    for score in (metrics.grounding_accuracy, metrics.mean_iou):
+        with pytest.raises(ValueError, match="nothing to score"):
+            score(torch.zeros(0, 4), torch.zeros(0, 4))
+
+
+def test_choices_within_an_image():
+    scores = [
+        torch.tensor([[0.9, 0.8], [0.1, 0.2]]),  # both regions pick their text; text 1 picks region 0
+        torch.tensor([[0.1, 0.9, 0.0], [0.2, 0.3, 0.0], [0.0, 0.0, 1.0]]),
+    ]
+    # second: region 0 picks text 1; text 0 picks region 1, text 1 picks region 0
+    choice = metrics.choice_accuracy(scores)
+    assert choice["region_to_text"] == pytest.approx(4 / 5)
+    assert choice["text_to_region"] == pytest.approx(2 / 5)
+    assert choice["chance"] == pytest.approx(2 / 5)
+
+
+def test_equal_choices_are_worth_chance():
+    choice = metrics.choice_accuracy([torch.zeros(n, n) for n in (1, 2, 5, 0)])
+    assert choice == {key: pytest.approx(3 / 8) for key in ("region_to_text", "text_to_region", "chance")}
+
+
+@pytest.mark.parametrize("matrix", [torch.zeros(2, 3), torch.tensor([[float("nan")]])])
+def test_choices_that_cannot_be_scored(matrix):
+    with pytest.raises(ValueError, match=r"scores\[1\]: expected a square matrix"):
+        metrics.choice_accuracy([torch.zeros(1, 1), matrix])
+    with pytest.raises(ValueError, match="nothing to score"):
+        metrics.choice_accuracy([])

@@ -1,0 +1,152 @@
+"""Pictures: what is drawn, where, in which colour; and that nothing else changes."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageColor
+
+from xvlm import viz
+from xvlm.types import Grounded
+
+GREY = (128, 128, 128)
+BOX = torch.tensor([[100.0, 150.0, 300.0, 350.0]])
+
+
+@pytest.fixture
+def photograph() -> Image.Image:
+    return Image.new("RGB", (600, 500), GREY)
+
+
+def colours_on(image: Image.Image, edges: tuple[int, int, int, int]) -> set[tuple[int, ...]]:
+    return {tuple(pixel) for pixel in np.asarray(image.crop(edges)).reshape(-1, 3).tolist()}
+
+
+def test_a_box_is_drawn_on_its_edge_only(photograph):
+    drawn = viz.draw(photograph, BOX)
+    orange = ImageColor.getrgb(viz.COLOURS[0])
+    for x, y in ((100, 250), (300, 250), (200, 150), (200, 350)):
+        assert drawn.getpixel((x, y)) == orange
+    assert colours_on(drawn, (110, 160, 290, 340)) == {GREY}
+    assert colours_on(drawn, (310, 0, 600, 500)) == {GREY}
+    assert drawn.size == photograph.size
+    assert photograph.getpixel((100, 250)) == GREY  # a copy was drawn on
+
+
+def test_a_label_is_dark_on_light_and_stays_in_the_image(photograph):
+    corner = torch.tensor([[540.0, 0.0, 600.0, 60.0]])
+    plain, labelled = viz.draw(photograph, corner), viz.draw(photograph, corner, ["a wide label"])
+    changed = np.argwhere((np.asarray(plain) != np.asarray(labelled)).any(2))
+    (top, left), (bottom, right) = changed.min(0), changed.max(0)
+    assert 0 <= top <= bottom < 80  # at its box
+    assert right - left > 60  # and wider than that, so it was moved to the left
+    assert right <= 599
+    plate = colours_on(labelled, (int(left), int(top), int(right), int(bottom)))
+    assert {(0, 0, 0)} <= plate  # ink
+
+
+def test_labels_do_not_cover_each_other(photograph):
+    same = BOX.repeat(4, 1)
+    plates: list = []
+    for _ in range(4):
+        plates.append(viz._place(tuple(same[0].tolist()), (80.0, 20.0), photograph.size, plates))
+    for i, plate in enumerate(plates):
+        assert all(viz._overlap(plate, other) == 0 for other in plates[:i])
+        assert plate[0] >= 0
+        assert plate[2] <= photograph.width
+
+
+def test_true_boxes_are_dashed(photograph):
+    drawn = viz.draw(photograph, torch.zeros(0, 4), true_xyxy=BOX)
+    assert drawn.tobytes() != viz.draw(photograph, torch.zeros(0, 4), true_xyxy=BOX, true_labels=["dog"]).tobytes()
+    edge = {drawn.getpixel((x, 150)) for x in range(110, 290)}
+    assert edge == {(255, 255, 255), (0, 0, 0)}
+
+
+def test_a_small_image_is_enlarged_with_its_boxes(photograph):
+    drawn = viz.draw(photograph.resize((60, 50)), BOX / 10, least_side=600)
+    assert drawn.size == (600, 500)
+    assert drawn.getpixel((100, 250)) == ImageColor.getrgb(viz.COLOURS[0])
+
+
+def test_of_a_grounding_the_best_are_drawn_with_scores_and_masks(photograph):
+    boxes_xyxy = torch.cat([BOX, BOX + 100, BOX + 120])
+    masks = torch.zeros(3, 500, 600, dtype=torch.bool)
+    masks[0, 200:250, 150:250] = True
+    found = Grounded(boxes_xyxy, torch.tensor([0.9, 0.5, 0.1]), masks=masks)
+    drawn = viz.draw(photograph, found, top=2)
+    assert ImageColor.getrgb(viz.COLOURS[2]) not in colours_on(drawn, (0, 0, 600, 500))  # the third is left out
+    assert drawn.getpixel((250, 450)) == ImageColor.getrgb(viz.COLOURS[1])
+    shaded = drawn.getpixel((160, 225))
+    assert shaded != GREY
+    assert shaded[0] > shaded[2]  # towards orange
+    assert drawn.getpixel((160, 300)) == GREY  # in the box, outside the mask
+    assert drawn.tobytes() == viz.draw(photograph, found, ["0.90", "0.50"], top=2).tobytes()
+
+
+def test_labels_that_do_not_fit_the_boxes(photograph):
+    with pytest.raises(ValueError, match="one for each of the 1 boxes, found 2"):
+        viz.draw(photograph, BOX, ["one", "two"])
+
+
+def test_a_heat_map_is_brightest_where_the_map_is(photograph):
+    values = torch.zeros(5, 6)
+    values[1, 4] = 3.0
+    hot = np.asarray(viz.heatmap(photograph, values)).sum(2)
+    assert hot.shape == (500, 600)
+    y, x = np.unravel_index(hot.argmax(), hot.shape)
+    assert 100 <= y < 200  # the second of five rows
+    assert 400 <= x < 500  # the fifth of six columns
+    assert len(np.unique(np.asarray(viz.heatmap(photograph, torch.ones(2, 2))).reshape(-1, 3), axis=0)) == 1
+
+
+def test_a_contact_sheet_has_every_picture_in_its_place():
+    reds = [Image.new("RGB", (40, 20 + 20 * i), (200, i, 0)) for i in range(5)]
+    sheet = viz.contact_sheet(reds, [f"caption {i} " + "word " * 30 * (i == 0) for i in range(5)], 2, width=100)
+    assert sheet.width == 2 * 100 + 3 * 12
+    places = []
+    for i in range(5):
+        ys, xs = np.nonzero((np.asarray(sheet) == (200, i, 0)).all(2))
+        assert xs.max() - xs.min() == 99
+        assert ys.max() - ys.min() == 50 * (i + 1) - 1
+        places.append((int(xs.min()), int(ys.min())))
+    assert [x for x, _ in places] == [12, 124, 12, 124, 12]
+    assert places[0][1] == places[1][1] < places[2][1] == places[3][1] < places[4][1]
+    below = np.asarray(sheet.crop((12, 70, 112, places[2][1])))
+    assert (below < 100).any()  # the wrapped caption
+    assert places[2][1] > 12 + 100 + 5 * 14  # made room for its lines
+
+
+def test_wrapping_keeps_every_word():
+    font = viz.ImageFont.load_default(14)
+    text = "the quick brown fox jumps over the lazy dog"
+    lines = viz._wrap(text, font, 100)
+    assert " ".join(lines) == text
+    assert len(lines) > 2
+    assert all(font.getlength(line) <= 100 for line in lines)
+    assert viz._wrap("first\nsecond", font, 100) == ["first", "second"]
+
+
+def test_a_contact_sheet_of_nothing():
+    with pytest.raises(ValueError, match="found 0 and 1"):
+        viz.contact_sheet([], ["lonely"])
+
+
+def test_curves_are_one_plot_per_key():
+    rows = [{"step": i, "loss": 3.0 - i / 10} for i in range(20)] + [{"step": 20, "r1": 0.5}]
+    one, four = (Image.open(BytesIO(viz.curves(rows, keys))) for keys in (["loss"], ["loss", "r1", "loss", "r1"]))
+    assert one.format == "PNG"
+    assert four.width == 3 * one.width
+    assert four.height == 2 * one.height
+    assert np.asarray(four)[-10, -10, 3] == 0  # the two free places are empty, the page shines through
+    with pytest.raises(ValueError, match="'step' and 'accuracy'"):
+        viz.curves(rows, ["accuracy"])
+    with pytest.raises(ValueError, match="no keys"):
+        viz.curves(rows, [])
+
+
+def test_the_running_mean_smooths_without_a_shift():
+    assert viz._running_mean([float(i) for i in range(100)])[50] == 50
+    assert viz._running_mean([0.0, 4.0] * 100)[100] == pytest.approx(2, abs=0.5)
+    assert viz._running_mean([7.0]) == [7.0]

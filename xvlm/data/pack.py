@@ -1,0 +1,53 @@
+"""From a source people have (generated scenes, public formats) to validated shards, one folder per split."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from xvlm.config import Configured
+from xvlm.data import scenes
+from xvlm.data.readers import coco, flickr30k_entities
+from xvlm.data.records import Record
+from xvlm.data.scenes import SceneConfig
+from xvlm.data.shards import Shards, write_shards
+
+
+class CorpusConfig(Configured):
+    """Where records come from and which splits are packed, each to ``<out>/<split>``."""
+
+    reader: Literal["scenes", "flickr30k_entities", "coco"]
+    out: Path
+    folder: Path | None = None  # of the public data; scenes need none
+    splits: dict[str, int | None]  # how many records at most; null: all
+    scenes: SceneConfig = SceneConfig()
+
+
+def pack(config: CorpusConfig) -> dict[str, Shards]:
+    """Pack every split that is not packed yet; a split counts as packed once its index stands.
+
+    Raises:
+        FileNotFoundError, ValueError: from the reader, naming file and record.
+    """
+    packed = {}
+    for split, limit in config.splits.items():
+        folder = config.out / split
+        if not (folder / "index.json").exists():
+            bar = tqdm(read(config, split, limit), desc=f"packing {split}", unit="record", total=limit)
+            write_shards(bar, folder, description={"reader": config.reader, "split": split}, progress=False)
+        packed[split] = Shards(folder)
+    return packed
+
+
+def read(config: CorpusConfig, split: str, limit: int | None) -> Iterator[tuple[Record, bytes]]:
+    """Records and image bytes of one split."""
+    if config.reader == "scenes":
+        if limit is None:
+            raise ValueError(f"corpus.splits.{split}: scenes never end, so a number is needed")
+        return scenes.samples(config.scenes, split, limit)
+    if config.folder is None:
+        raise ValueError(f"corpus.folder: the reader {config.reader} needs the folder of the data (corpus.folder=...)")
+    reader = {"flickr30k_entities": flickr30k_entities, "coco": coco}[config.reader]
+    return islice(reader.read(config.folder, split), limit)

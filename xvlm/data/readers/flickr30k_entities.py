@@ -1,0 +1,212 @@
+"""Reads Flickr30k Entities: photographs with five captions whose phrases are tied to boxes.
+
+Files as published (Plummer et al. 2015, https://github.com/BryanPlummer/flickr30k_entities)::
+
+    folder/train.txt                  one photograph a line, without the extension
+    folder/images/ID.jpg              or ID_HASH.jpg, as Flickr8k names them
+    folder/annotations.zip            or unpacked:
+    folder/Annotations/ID.xml         boxes of entity chains, in pixels of the original photograph
+    folder/Sentences/ID.txt           captions: [/EN#283585/people A young child] is playing .
+"""
+
+import logging
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from xml.etree import ElementTree
+
+from PIL import Image, UnidentifiedImageError
+
+from xvlm.data.records import Box, Phrase, Record, Region
+
+SOURCE = "flickr30k_entities"
+LICENCE = "Flickr terms: non-commercial research and education only"
+NOT_VISUAL = "0"  # the one chain id that phrases of different things share
+
+logger = logging.getLogger(__name__)
+
+_SPAN = re.compile(r"\[/EN#(?P<chain>\d+)(?:/[^\s/\[\]]+)+ (?P<text>[^\[\]]+)\]")
+
+
+def read(folder: Path, split: str, *, allow_missing: bool = False) -> Iterator[tuple[Record, bytes]]:
+    """Records and image bytes, as stored, in the order of the list ``{split}.txt``.
+
+    A record has the captions without markup, one phrase per marked span (no boxes: nothing was drawn for it) and one
+    region per entity chain that has boxes: the box around all of them, described by the distinct phrases that name it.
+    Boxes are scaled from the annotated photograph to the image at hand. The annotation counts pixels from 1 and means
+    the last ones to be inside, so ``xmin - 1, ymin - 1, xmax, ymax`` are the edges; evaluations that take the numbers
+    as they stand have boxes a pixel smaller at the left and the top.
+
+    Args:
+        folder: see the module's docstring for the files in it.
+        split: train, val or test.
+        allow_missing: leave photographs out that are listed but absent, and log how many.
+
+    Raises:
+        FileNotFoundError: no list, no photographs, no annotations, or a listed one is absent.
+        ValueError: a file that does not follow the format; names the file, and the line or object in it.
+    """
+    names = _listed(folder, split)
+    if not (folder / "images").is_dir():
+        raise FileNotFoundError(f"{folder / 'images'}: no such folder; it should hold the photographs, ID.jpg")
+    annotations = _annotations(folder)
+    missing = []
+    for name in names:
+        photograph = folder / "images" / f"{name}.jpg"
+        if photograph.exists():
+            image = photograph.read_bytes()
+            yield _record(name, split, _size(photograph, image), annotations), image
+        elif allow_missing:
+            missing.append(name)
+        else:
+            raise FileNotFoundError(
+                f"{photograph}: no such photograph, but {split}.txt lists {name} (allow_missing leaves it out)"
+            )
+    if missing:
+        logger.warning("%s: %d of %d photographs are absent: %s …", folder, len(missing), len(names), missing[0])
+
+
+def _listed(folder: Path, split: str) -> list[str]:
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"{folder}: split {split!r}; expected train, val or test")
+    try:
+        return (folder / f"{split}.txt").read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder / split}.txt: no such list of photographs") from None
+
+
+def _annotations(folder: Path) -> Path | zipfile.Path:
+    """What ``Annotations/`` and ``Sentences/`` are in; both kinds of path read alike."""
+    if (folder / "Annotations").is_dir() and (folder / "Sentences").is_dir():
+        return folder
+    archive = folder / "annotations.zip"
+    if not archive.exists():
+        raise FileNotFoundError(f"{folder}: neither annotations.zip nor the folders Annotations and Sentences in it")
+    try:
+        return zipfile.Path(archive)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive}: not a zip archive: {error}") from None
+
+
+def _text(annotations: Path | zipfile.Path, inside: str) -> tuple[str, str]:
+    """Where a file of annotations is, for messages, and what it says."""
+    path = annotations / inside
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file, but the photograph is listed")
+    try:
+        return str(path), path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
+def _size(photograph: Path, image: bytes) -> tuple[int, int]:
+    try:
+        return Image.open(BytesIO(image)).size
+    except UnidentifiedImageError:
+        raise ValueError(f"{photograph}: not an image") from None
+
+
+def _record(name: str, split: str, size: tuple[int, int], annotations: Path | zipfile.Path) -> Record:
+    number = name.partition("_")[0]
+    boxes = _chains(*_text(annotations, f"Annotations/{number}.xml"), size)
+    captions = _captions(*_text(annotations, f"Sentences/{number}.txt"))
+    descriptions: dict[str, dict[str, str]] = {}  # chain -> lower case -> as first written
+    phrases = []
+    for i, caption in enumerate(captions):
+        for start, end, chain in caption.spans:
+            phrases.append(Phrase(caption=i, start=start, end=end, boxes_xyxy=boxes.get(chain, [])))
+            text = caption.text[start:end]
+            descriptions.setdefault(chain, {}).setdefault(text.lower(), text)
+    regions = [
+        Region(box_xyxy=_around(boxes[chain]), descriptions=list(texts.values()))
+        for chain, texts in descriptions.items()
+        if boxes.get(chain) and chain != NOT_VISUAL
+    ]
+    return Record(
+        id=name,
+        source=SOURCE,
+        split=split,
+        width=size[0],
+        height=size[1],
+        captions=[caption.text for caption in captions],
+        regions=regions,
+        phrases=phrases,
+        licence=LICENCE,
+        credit=f"Flickr photograph {number}",
+    )
+
+
+@dataclass
+class _Caption:
+    text: str
+    spans: list[tuple[int, int, str]] = field(default_factory=list)  # start, end, chain
+
+
+def _captions(where: str, text: str) -> list[_Caption]:
+    captions = [_caption(f"{where} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not captions:
+        raise ValueError(f"{where}: no captions")
+    return captions
+
+
+def _caption(where: str, line: str) -> _Caption:
+    caption, end = _Caption(""), 0
+    line = line.strip()
+    for span in _SPAN.finditer(line):
+        caption.text += line[end : span.start()]
+        start = len(caption.text)
+        caption.text += span["text"]
+        caption.spans.append((start, len(caption.text), span["chain"]))
+        end = span.end()
+    caption.text += line[end:]
+    if "/EN#" in caption.text:
+        raise ValueError(f"{where}: expected phrases marked as [/EN#ID/TYPE words], found {line!r}")
+    return caption
+
+
+def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]]:
+    """Boxes of each entity chain in pixels of an image of ``size`` (width, height); one box may be of several chains.
+
+    Chains that were not drawn (``nobndbox``, ``scene``) have no entry.
+    """
+    try:
+        root = ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{where}: not readable as XML: {error}") from None
+    annotated = _numbers(f"{where} size", root.find("size"), ("width", "height"))
+    if min(annotated) <= 0:
+        raise ValueError(f"{where} size: expected a width and height above 0, found {annotated}")
+    scale = [actual / given for actual, given in zip(size, annotated, strict=True)]
+    chains: dict[str, list[Box]] = {}
+    for i, thing in enumerate(root.iter("object"), 1):
+        names = [name.text or "" for name in thing.iter("name")]
+        if not names:
+            raise ValueError(f"{where} object {i}: no <name>; expected the id of its entity chain")
+        for drawn in thing.iter("bndbox"):
+            edges = ("xmin", "ymin", "xmax", "ymax")
+            xmin, ymin, xmax, ymax = _numbers(f"{where} object {i} bndbox", drawn, edges)
+            left, right = (min(max(x * scale[0], 0.0), float(size[0])) for x in (xmin - 1, xmax))
+            top, bottom = (min(max(y * scale[1], 0.0), float(size[1])) for y in (ymin - 1, ymax))
+            if left < right and top < bottom:
+                for name in names:
+                    chains.setdefault(name, []).append((left, top, right, bottom))
+    return chains
+
+
+def _numbers(where: str, parent: ElementTree.Element | None, tags: tuple[str, ...]) -> list[float]:
+    numbers = []
+    for tag in tags:
+        found = parent.findtext(tag) if parent is not None else None
+        if not re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", found or ""):
+            raise ValueError(f"{where}: expected a number in <{tag}>, found {found!r}")
+        numbers.append(float(found))
+    return numbers
+
+
+def _around(boxes: list[Box]) -> Box:
+    """The smallest box around all of them: the data set's "merged box"."""
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return min(lefts), min(tops), max(rights), max(bottoms)

@@ -1,0 +1,130 @@
+"""Figures of merit as functions: what a model said and what is true in, shares between 0 and 1 out."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from xvlm import boxes
+
+
+def recall_at_k(
+    scores: Float[Tensor, "image text"], text_image: Int[Tensor, "text"], ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
+    """Retrieval in both directions: how often the right one is among the first k (X-VLM ``itm_eval``).
+
+    Image to text counts the best of the image's own texts; images without a text are no queries. The rank of the truth
+    is 1 + those that score higher + half of those that score the same, so that a model that scores everything alike
+    finds nothing. A truth that was not scored (-inf, as re-ranking leaves most) is not found at any k.
+
+    Args:
+        scores: higher is more alike; -inf where a pair was not scored.
+        text_image: row of the image that each text is about.
+
+    Returns:
+        ``image_to_text_r{k}`` and ``text_to_image_r{k}`` for every k.
+
+    Raises:
+        ValueError: NaN among the scores, a text of no image, or nothing to score.
+    """
+    n_images, n_texts = scores.shape
+    if n_texts == 0:
+        raise ValueError("scores: no texts to score")
+    if scores.isnan().any():
+        raise ValueError(f"scores: {int(scores.isnan().sum())} of {scores.numel()} are NaN")
+    if text_image.min() < 0 or text_image.max() >= n_images:
+        raise ValueError(f"text_image: {int(text_image.min())} to {int(text_image.max())}, but {n_images} images")
+
+    own = text_image == torch.arange(n_images, device=scores.device)[:, None]
+    of_text = scores.gather(0, text_image[None])[0]
+    of_image = scores.masked_fill(~own, -torch.inf).amax(1)
+    text_rank = _rank(scores.T, of_text, own.T)
+    image_rank = _rank(scores, of_image, own)[own.any(1)]
+
+    recalls = {f"image_to_text_r{k}": (image_rank <= k).double().mean().item() for k in ks}
+    return recalls | {f"text_to_image_r{k}": (text_rank <= k).double().mean().item() for k in ks}
+
+
+def _rank(
+    scores: Float[Tensor, "query candidate"], truth: Float[Tensor, "query"], own: Tensor
+) -> Float[Tensor, "query"]:
+    """Rank of each query's best true candidate; other true candidates of the same score do not count against it."""
+    higher = (scores > truth[:, None]).sum(1)
+    ties = ((scores == truth[:, None]) & ~own).sum(1)
+    return torch.where(truth == -torch.inf, torch.inf, 1 + higher + ties / 2)
+
+
+def grounding_accuracy(
+    predicted_xyxy: Float[Tensor, "n 4"], target_xyxy: Float[Tensor, "n 4"], threshold: float = 0.5
+) -> float:
+    """Share of boxes whose IoU with the true one is at least ``threshold`` (Acc@0.5 of referring expressions)."""
+    _require_some(len(predicted_xyxy))
+    return (boxes.iou(predicted_xyxy, target_xyxy) >= threshold).double().mean().item()
+
+
+def mean_iou(predicted_xyxy: Float[Tensor, "n 4"], target_xyxy: Float[Tensor, "n 4"]) -> float:
+    """Mean IoU of corresponding boxes."""
+    _require_some(len(predicted_xyxy))
+    return boxes.iou(predicted_xyxy, target_xyxy).double().mean().item()
+
+
+def phrase_grounding(
+    predicted_xyxy: Float[Tensor, "n 4"], targets_xyxy: Sequence[Float[Tensor, "_ 4"]], threshold: float = 0.5
+) -> dict[str, float]:
+    """Phrase grounding where a phrase may name several boxes (Flickr30k Entities), by both rules in use.
+
+    Returns:
+        ``any_box_acc``: share of phrases whose predicted box has IoU >= threshold with one of the phrase's boxes;
+        ``merged_box_acc``: with the box around all of them. The two do not order: each finds phrases the other misses.
+
+    Raises:
+        ValueError: a phrase without boxes (it cannot be scored: leave it out), unequal counts, or nothing to score.
+    """
+    _require_some(len(predicted_xyxy))
+    if len(predicted_xyxy) != len(targets_xyxy):
+        raise ValueError(f"{len(predicted_xyxy)} predicted boxes, but targets of {len(targets_xyxy)} phrases")
+    any_box = merged_box = 0
+    for i, (predicted, targets) in enumerate(zip(predicted_xyxy, targets_xyxy, strict=True)):
+        if len(targets) == 0:
+            raise ValueError(f"targets_xyxy[{i}]: no boxes; leave phrases out that were not drawn")
+        any_box += bool((boxes.iou(predicted.expand_as(targets), targets) >= threshold).any())
+        merged_box += bool(boxes.iou(predicted, boxes.merge(targets)) >= threshold)
+    return {"any_box_acc": any_box / len(targets_xyxy), "merged_box_acc": merged_box / len(targets_xyxy)}
+
+
+def choice_accuracy(scores: Sequence[Float[Tensor, "_ _"]]) -> dict[str, float]:
+    """Telling the regions of an image apart: pick the text of a region, and the region of a text.
+
+    Args:
+        scores: per image a square matrix, regions down and their texts across; text i is of region i. Regions of equal
+            texts should have been dropped, since they cannot be told apart.
+
+    Returns:
+        ``region_to_text`` and ``text_to_region``: share of right choices over all regions of all images, a choice
+        between n equal scores counting 1/n; ``chance``: what equal scores would get.
+
+    Raises:
+        ValueError: a matrix that is not square or has NaN, or nothing to score.
+    """
+    _require_some(sum(len(matrix) for matrix in scores))
+    right = {"region_to_text": 0.0, "text_to_region": 0.0}
+    for i, matrix in enumerate(scores):
+        if matrix.shape[0] != matrix.shape[1] or matrix.isnan().any():
+            raise ValueError(f"scores[{i}]: expected a square matrix of numbers, found {tuple(matrix.shape)} or NaN")
+        if len(matrix):
+            right["region_to_text"] += _chosen(matrix)
+            right["text_to_region"] += _chosen(matrix.T)
+    count = sum(len(matrix) for matrix in scores)
+    chance = sum(len(matrix) > 0 for matrix in scores) / count
+    return {direction: total / count for direction, total in right.items()} | {"chance": chance}
+
+
+def _chosen(matrix: Float[Tensor, "n n"]) -> float:
+    best = matrix == matrix.amax(1, keepdim=True)
+    return (best.diagonal() / best.sum(1)).sum().item()
+
+
+def _require_some(count: int) -> None:
+    if count == 0:
+        raise ValueError("nothing to score: no boxes, phrases or regions were given")

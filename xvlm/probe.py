@@ -1,0 +1,181 @@
+"""What a pre-trained model can do as it stands: retrieval, grounding and region matching on held-out records."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from xvlm import evaluate, hub, report, train, viz
+from xvlm.config import Configured
+from xvlm.data.processor import Processor, decode_image
+from xvlm.data.shards import Shards
+from xvlm.models.xvlm import XVLM
+
+Numbers = dict[str, float]
+
+
+class Slice(Configured):
+    """Records to evaluate on: a folder of shards, all of it or those with a tag."""
+
+    shards: Path
+    tag: str | None = None
+
+
+class ProbeConfig(Configured):
+    slices: dict[str, Slice] = {}
+    gallery: int = 200  # images in the retrieval gallery
+    captions: int = 1  # captions per image that take part
+    top_k: int = 16  # candidates the matching head re-ranks
+    grounding: int = 200  # records whose phrases are asked for
+    floors: dict[str, float] = {}  # chance levels that depend on the data, e.g. any_box_acc of the whole image
+
+
+def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[str, Numbers], dict[str, list]]:
+    """Numbers per slice, and per slice the answered grounding queries (for drawing)."""
+    was_training = model.training
+    model.eval()
+    numbers, answered = {}, {}
+    for name, part in config.slices.items():
+        shards = Shards(part.shards)
+        indices = [i for i in range(len(shards)) if part.tag is None or part.tag in shards.read(i)[0].tags]
+        if not indices:
+            raise ValueError(f"evaluation.slices.{name}: no record in {part.shards} has the tag {part.tag!r}")
+        gallery = indices[: config.gallery]
+        found = evaluate.retrieval(
+            model, processor, shards, gallery, captions=config.captions, top_k=config.top_k
+        )
+        answered[name] = evaluate.grounding(model, processor, shards, indices[: config.grounding])
+        numbers[name] = {
+            **found.numbers,
+            **evaluate.grounding_numbers(answered[name]),
+            **evaluate.region_matching(model, processor, shards, indices[: config.grounding]),
+            **_chance(shards, found, answered[name], config),
+        }
+    model.train(was_training)
+    return numbers, answered
+
+
+def _chance(shards: Shards, found: evaluate.Retrieved, answered: list, config: ProbeConfig) -> Numbers:
+    """What guessing gives: a random order of the gallery, and the whole image as every phrase's box."""
+    images, texts = len(found.indices), len(found.texts)
+    per_image = texts / images
+    chance = {}
+    for k in (1, 5, 10):
+        chance[f"chance_text_to_image_r{k}"] = min(1.0, k / images)
+        missed = 1.0
+        for i in range(min(k, texts)):
+            missed *= max(0.0, texts - per_image - i) / (texts - i)
+        chance[f"chance_image_to_text_r{k}"] = 1 - missed
+    sizes = {i: shards.read(i)[0] for i in {query.index for query in answered}}
+    whole = [
+        evaluate.replace(query, predicted_xyxy=(0.0, 0.0, float(sizes[query.index].width), float(sizes[query.index].height)))
+        for query in answered
+    ]
+    return chance | {f"chance_{name}": v for name, v in evaluate.grounding_numbers(whole).items() if name != "phrases"}
+
+
+MEASURES = {
+    "text_to_image_r1": "text → image R@1",
+    "text_to_image_r5": "text → image R@5",
+    "text_to_image_r10": "text → image R@10",
+    "image_to_text_r1": "image → text R@1",
+    "image_to_text_r5": "image → text R@5",
+    "image_to_text_r10": "image → text R@10",
+    "any_box_acc": "grounding acc@0.5 (any box)",
+    "merged_box_acc": "grounding acc@0.5 (merged box)",
+    "mean_iou": "grounding mean IoU",
+    "region_to_text_acc": "region → text accuracy",
+    "text_to_region_acc": "text → region accuracy",
+}
+
+
+def tables(before: dict[str, Numbers], after: dict[str, Numbers], config: ProbeConfig) -> list[report.Table]:
+    """One table per slice: untrained, trained, chance."""
+    made = []
+    for name, numbers in after.items():
+        chance = {key: numbers[f"chance_{key}"] for key in MEASURES if f"chance_{key}" in numbers} | config.floors
+        rows = [
+            [label, f"{before[name][key]:.3f}", f"{numbers[key]:.3f}", f"{chance[key]:.3f}"]
+            for key, label in MEASURES.items()
+            if key in numbers
+        ]
+        made.append(report.Table(name, ["", "untrained", "trained", "chance"], rows, ""))
+    return made
+
+
+def as_text(table: report.Table) -> str:
+    """A table for the terminal."""
+    rows = [table.columns, *table.rows]
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(table.columns))]
+    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([table.title, *lines])
+
+
+def facts(seed: int, minutes: float) -> dict[str, str | float | int]:
+    """Provenance: what produced these numbers."""
+    return {
+        "commit": commit(),
+        "seed": seed,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor_name()}",
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "minutes": round(minutes, 2),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus sign where files differ from it; "unknown" outside a checkout."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def write(
+    out: Path, title: str, before: dict[str, Numbers], after: dict[str, Numbers], answered: dict[str, list],
+    config: ProbeConfig, about: dict,
+) -> list[report.Table]:
+    """``results.json`` (flat keys) and ``report.html`` in the run folder."""
+    flat = dict(about)
+    for stage, numbers in (("untrained", before), ("trained", after)):
+        flat |= {f"{name}/{stage}/{key}": v for name, row in numbers.items() for key, v in row.items()}
+    hub.write_atomically(out / "results.json", json.dumps(flat, indent=2) + "\n")
+    made = tables(before, after, config)
+    log = train.read_log(out)
+    curves = viz.curves(log, [key for key in log[-1] if "/" in key]) if log else None
+    galleries = [
+        gallery for name, queries in answered.items() for gallery in _galleries(name, Shards(config.slices[name].shards), queries)
+    ]
+    report.write_report(out, title=title, tables=made, curves=curves, pictures=galleries, facts=about)
+    return made
+
+
+def _galleries(name: str, shards: Shards, queries: Sequence[evaluate.Query]) -> list[report.Gallery]:
+    """Typical answers (every n-th), and the worst."""
+    step = max(1, len(queries) // 12)
+    worst = sorted(queries, key=lambda query: query.iou)[:6]
+    return [
+        report.Gallery(f"{name}: a sample of phrases", [_drawn(shards, query) for query in queries[::step][:12]]),
+        report.Gallery(f"{name}: the worst", [_drawn(shards, query) for query in worst]),
+    ]
+
+
+def _drawn(shards: Shards, query: evaluate.Query) -> tuple[Image.Image, str]:
+    image = decode_image(shards.read(query.index)[1])
+    drawn = viz.draw(image, torch.tensor([query.predicted_xyxy]), truth=torch.tensor(query.boxes_xyxy))
+    return drawn, f"{query.text} (IoU {query.iou:.2f})"
