@@ -81,7 +81,7 @@ def merge(boxes_xyxy: Float[Tensor, "n 4"]) -> Float[Tensor, "4"]:
 
 
 def patch_mask(
-    boxes_xywh: Float[Tensor, "n 4"], grid: tuple[int, int], size: tuple[float, float]
+    boxes_xywh: Float[Tensor, "n 4"], grid: tuple[int, int], size: tuple[int, int]
 ) -> Bool[Tensor, "n patch"]:
     """Which patches each box touches: X-VLM's rule (``get_image_attns``; arXiv 2111.08276, section 3.1).
 
@@ -109,7 +109,7 @@ def patch_mask(
 
 
 def patch_cover(
-    boxes_xywh: Float[Tensor, "n 4"], grid: tuple[int, int], size: tuple[float, float]
+    boxes_xywh: Float[Tensor, "n 4"], grid: tuple[int, int], size: tuple[int, int]
 ) -> Float[Tensor, "n patch"]:
     """Share of each patch that each box covers, in [0, 1]; a box of no area falls back on :func:`patch_mask`."""
     rows, columns = grid

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ class ProbeConfig(Configured):
     captions: int = 1  # captions per image that take part
     top_k: int = 16  # candidates the matching head re-ranks
     grounding: int = 200  # records whose phrases are asked for
-    floors: dict[str, float] = {}  # chance levels that depend on the data, e.g. any_box_acc of the whole image
 
 
 def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[str, Numbers], dict[str, list]]:
@@ -46,21 +46,25 @@ def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[
         if not indices:
             raise ValueError(f"evaluation.slices.{name}: no record in {part.shards} has the tag {part.tag!r}")
         gallery = indices[: config.gallery]
-        found = evaluate.retrieval(
-            model, processor, shards, gallery, captions=config.captions, top_k=config.top_k
-        )
+        found = evaluate.retrieval(model, processor, shards, gallery, captions=config.captions, top_k=config.top_k)
         answered[name] = evaluate.grounding(model, processor, shards, indices[: config.grounding])
         numbers[name] = {
             **found.numbers,
             **evaluate.grounding_numbers(answered[name]),
-            **evaluate.region_matching(model, processor, shards, indices[: config.grounding]),
-            **_chance(shards, found, answered[name], config),
+            **_regions(evaluate.region_matching(model, processor, shards, indices[: config.grounding])),
+            **_chance(shards, found, answered[name]),
         }
     model.train(was_training)
     return numbers, answered
 
 
-def _chance(shards: Shards, found: evaluate.Retrieved, answered: list, config: ProbeConfig) -> Numbers:
+def _regions(numbers: Numbers) -> Numbers:
+    chance = numbers["chance"]
+    accuracy = {key: numbers[key] for key in ("region_to_text", "text_to_region")}
+    return accuracy | {f"chance_{key}": chance for key in accuracy}
+
+
+def _chance(shards: Shards, found: evaluate.Retrieved, answered: list[evaluate.Query]) -> Numbers:
     """What guessing gives: a random order of the gallery, and the whole image as every phrase's box."""
     images, texts = len(found.indices), len(found.texts)
     per_image = texts / images
@@ -73,7 +77,7 @@ def _chance(shards: Shards, found: evaluate.Retrieved, answered: list, config: P
         chance[f"chance_image_to_text_r{k}"] = 1 - missed
     sizes = {i: shards.read(i)[0] for i in {query.index for query in answered}}
     whole = [
-        evaluate.replace(query, predicted_xyxy=(0.0, 0.0, float(sizes[query.index].width), float(sizes[query.index].height)))
+        replace(query, predicted_xyxy=(0.0, 0.0, float(sizes[query.index].width), float(sizes[query.index].height)))
         for query in answered
     ]
     return chance | {f"chance_{name}": v for name, v in evaluate.grounding_numbers(whole).items() if name != "phrases"}
@@ -89,16 +93,16 @@ MEASURES = {
     "any_box_acc": "grounding acc@0.5 (any box)",
     "merged_box_acc": "grounding acc@0.5 (merged box)",
     "mean_iou": "grounding mean IoU",
-    "region_to_text_acc": "region → text accuracy",
-    "text_to_region_acc": "text → region accuracy",
+    "region_to_text": "region → text accuracy",
+    "text_to_region": "text → region accuracy",
 }
 
 
-def tables(before: dict[str, Numbers], after: dict[str, Numbers], config: ProbeConfig) -> list[report.Table]:
+def tables(before: dict[str, Numbers], after: dict[str, Numbers]) -> list[report.Table]:
     """One table per slice: untrained, trained, chance."""
     made = []
     for name, numbers in after.items():
-        chance = {key: numbers[f"chance_{key}"] for key in MEASURES if f"chance_{key}" in numbers} | config.floors
+        chance = {key: numbers[f"chance_{key}"] for key in MEASURES if f"chance_{key}" in numbers}
         rows = [
             [label, f"{before[name][key]:.3f}", f"{numbers[key]:.3f}", f"{chance[key]:.3f}"]
             for key, label in MEASURES.items()
@@ -130,8 +134,11 @@ def facts(seed: int, minutes: float) -> dict[str, str | float | int]:
 
 def commit() -> str:
     """The checkout's commit, with a plus sign where files differ from it; "unknown" outside a checkout."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout
 
     try:
         dirty = git("status", "--porcelain", "--untracked-files=no").strip()
@@ -143,23 +150,33 @@ def commit() -> str:
 def _processor_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def write(
-    out: Path, title: str, before: dict[str, Numbers], after: dict[str, Numbers], answered: dict[str, list],
-    config: ProbeConfig, about: dict,
+    out: Path,
+    title: str,
+    before: dict[str, Numbers],
+    after: dict[str, Numbers],
+    answered: dict[str, list],
+    config: ProbeConfig,
+    about: dict,
 ) -> list[report.Table]:
     """``results.json`` (flat keys) and ``report.html`` in the run folder."""
     flat = dict(about)
     for stage, numbers in (("untrained", before), ("trained", after)):
         flat |= {f"{name}/{stage}/{key}": v for name, row in numbers.items() for key, v in row.items()}
     hub.write_atomically(out / "results.json", json.dumps(flat, indent=2) + "\n")
-    made = tables(before, after, config)
+    made = tables(before, after)
     log = train.read_log(out)
-    curves = viz.curves(log, [key for key in log[-1] if "/" in key]) if log else None
+    losses = sorted({key for line in log for key in line if "/" in key})
+    curves = viz.curves(log, losses) if losses else None
     galleries = [
-        gallery for name, queries in answered.items() for gallery in _galleries(name, Shards(config.slices[name].shards), queries)
+        gallery
+        for name, queries in answered.items()
+        for gallery in _galleries(name, Shards(config.slices[name].shards), queries)
     ]
     report.write_report(out, title=title, tables=made, curves=curves, pictures=galleries, facts=about)
     return made
@@ -177,5 +194,5 @@ def _galleries(name: str, shards: Shards, queries: Sequence[evaluate.Query]) -> 
 
 def _drawn(shards: Shards, query: evaluate.Query) -> tuple[Image.Image, str]:
     image = decode_image(shards.read(query.index)[1])
-    drawn = viz.draw(image, torch.tensor([query.predicted_xyxy]), truth=torch.tensor(query.boxes_xyxy))
+    drawn = viz.draw(image, torch.tensor([query.predicted_xyxy]), true_xyxy=torch.tensor(query.boxes_xyxy))
     return drawn, f"{query.text} (IoU {query.iou:.2f})"

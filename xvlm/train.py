@@ -211,6 +211,7 @@ class _Log:
     def __init__(self, out: Path, accelerator: Accelerator, step: int, config: TrainConfig):
         self.accelerator, self.config = accelerator, config
         self.path = out / "log.jsonl"
+        self.before, self.begun = seconds_so_far(out, step), time.perf_counter()
         self._reset()
         self.skipped = 0
         if config.trackers:
@@ -245,6 +246,7 @@ class _Log:
             line = {"step": step, "lr": lr, **means}
             line |= {"images_per_s": world * self.images / seconds, "texts_per_s": world * self.texts / seconds}
             line |= {"waiting_for_data": self.waited / seconds, "skipped": self.skipped}
+            line |= {"seconds": self.before + time.perf_counter() - self.begun}
             if self.accelerator.is_main_process:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -266,6 +268,11 @@ def read_log(out: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def seconds_so_far(out: Path, step: int | None = None) -> float:
+    """Seconds of training that a run's log accounts for, up to a step."""
+    return max((line["seconds"] for line in read_log(out) if step is None or line["step"] <= step), default=0.0)
 
 
 class _StopRequest:
