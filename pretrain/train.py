@@ -23,6 +23,7 @@ from xvlm.models.init import InitConfig, initial_model
 from xvlm.models.xvlm import XVLM, XVLMConfig
 from xvlm.optim import OptimConfig
 from xvlm.tasks.pretraining import PretrainingConfig, Task
+from xvlm.train import TrainConfig
 
 
 class PretrainRun(Configured):
@@ -35,11 +36,11 @@ class PretrainRun(Configured):
     processor: ProcessorConfig = ProcessorConfig()
     model: XVLMConfig
     init: InitConfig = InitConfig()
-    streams: dict[str, pretrain.StreamConfig]
+    streams: dict[str, pretrain.StreamConfig | None]  # null: left out
     masking: WordMasking = WordMasking()
     task: PretrainingConfig = PretrainingConfig()
     optim: OptimConfig = OptimConfig()
-    train: train.TrainConfig = train.TrainConfig()
+    train: TrainConfig = TrainConfig()
     evaluation: probe.ProbeConfig = probe.ProbeConfig()
 
 
@@ -68,18 +69,12 @@ def run(config: PretrainRun) -> None:
     model.to(accelerator.device)
     before = untrained(config, model, processor)
     world = distributed.world()
-    streams = {
-        name: partial(
-            pretrain.loader,
-            stream,
-            processor,
-            config.masking,
-            seed=config.train.seed,
-            rank=world.rank,
-            world=world.size,
-        )
-        for name, stream in config.streams.items()
-    }
+
+    def open_stream(stream: pretrain.StreamConfig, start: int):
+        place = {"seed": config.train.seed, "start": start, "rank": world.rank, "world": world.size}
+        return pretrain.loader(stream, processor, config.masking, **place)
+
+    streams = {name: partial(open_stream, stream) for name, stream in config.streams.items() if stream is not None}
     task = Task(config.task, model)
     fresh = [f"model.{name}" for name in fresh]
     train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh)
@@ -121,6 +116,7 @@ def dry(config: PretrainRun) -> PretrainRun:
     streams = {
         name: stream.model_copy(update={"shards": [out / "shards/train"], "images": 4 * distributed.world().size})
         for name, stream in config.streams.items()
+        if stream is not None
     }
     evaluation = config.evaluation.model_copy(update={"slices": {"dry": probe.Slice(shards=out / "shards/test")}})
     steps = config.train.model_copy(update={"steps": 2, "save_every": 1, "log_every": 1})

@@ -11,7 +11,7 @@ from xvlm.types import Batch, Masked, Regions, Texts
 TEXT = TextConfig(
     vocab_size=60, dim=16, heads=2, feed_forward=32, text_layers=2, cross_layers=2, max_positions=16, dropout=0.0
 )
-SWIN = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 VISION = VisionConfig(trunk="swin_tiny_patch4_window7_224", image_size=(32, 32), options=SWIN)
 CONFIG = XVLMConfig(vision=VISION, text=TEXT, embed_dim=8)
 

@@ -47,9 +47,10 @@ def negative_weights(
     """Weights to draw hard negatives from: row b of the first, a wrong image for text b; of the second, a wrong text
     for image b. Softmax of the similarities plus 1e-5, forbidden entries 0 (X-VLM ``get_matching_loss``).
     """
+    # Features that are not finite must not fail here: the contrastive loss then names them.
     logits = (image @ text.T / temperature).float()
-    wrong_image = (logits.T.softmax(1) + 1e-5).masked_fill(forbidden.T, 0)
-    wrong_text = (logits.softmax(1) + 1e-5).masked_fill(forbidden, 0)
+    wrong_image = (logits.T.softmax(1).nan_to_num() + 1e-5).masked_fill(forbidden.T, 0)
+    wrong_text = (logits.softmax(1).nan_to_num() + 1e-5).masked_fill(forbidden, 0)
     return wrong_image, wrong_text
 
 

@@ -13,7 +13,9 @@ class Movable:
 
     def to(self, device: torch.device | str):
         def move(value):
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor | Movable) else value
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            return value.to(device) if isinstance(value, Movable) else value
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 

@@ -432,7 +432,7 @@ class Speaker:
         """Three to five captions, the first one complete: size, colour, texture and shape of every object."""
         others = [self.partial, self.counting, self.exactly, self.negation, self.relation, self.extreme]
         chosen = self.random.sample(others, self.random.randint(2, 4))
-        return [self.complete(), *filter(None, (say() for say in chosen))]
+        return [self.complete(), *(say() or self.partial() for say in chosen)]
 
     def complete(self) -> str:
         order = self.random.sample(range(len(self.things)), len(self.things))
@@ -508,12 +508,12 @@ class Speaker:
     # Questions
 
     def questions(self) -> list[tuple[str, str, str]]:
-        """Four or fewer questions: text, answer, kind."""
+        """Four questions at most: text, answer, kind."""
         open_ended = [lambda name=name: self.attribute_question(name) for name in VALUES]
         open_ended += [self.count_question, self.where_question]
         asked = [self.yes_no_question] * self.random.randint(1, 2)
         asked += self.random.sample(open_ended, 4 - len(asked))
-        return list(dict.fromkeys(filter(None, (ask() for ask in asked))))
+        return list(dict.fromkeys(ask() or self.count_question() for ask in asked))
 
     def attribute_question(self, name: str) -> tuple[str, str, str] | None:
         index = self.random.randrange(len(self.things))

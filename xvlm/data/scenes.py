@@ -27,7 +27,7 @@ from xvlm.data.scene_language import vocabulary as vocabulary
 
 Split = Literal["train", "val", "test"]
 Range = tuple[float, float]
-Grid = Float[np.ndarray, "height width"]
+Grid = Float[np.ndarray, "#height #width"]  # a row and a column make a grid by broadcasting
 
 HUES = {
     "red": (358, 0.86, 0.86),
@@ -215,11 +215,11 @@ def sample_thing(config: SceneConfig, random: Random, attributes: Attributes) ->
 
 
 def sample_background(config: SceneConfig, random: Random) -> Background:
-    """Greyish tones that differ from every object by their lack of colour."""
-    base, hue = random.uniform(0.2, 0.85), random.random()
+    """Greyish tones, neither as dark nor as light as the second colours of textures."""
+    base, hue = random.uniform(0.32, 0.75), random.random()
     corners = []
     for _ in range(4):
-        value = min(0.95, max(0.1, base + 0.2 * config.clutter * random.uniform(-1, 1)))
+        value = min(0.82, max(0.25, base + 0.2 * config.clutter * random.uniform(-1, 1)))
         corners.append(colorsys.hsv_to_rgb(hue, random.uniform(0, 0.12), value))
     strokes = []
     for _ in range(round(24 * config.clutter * random.random())):
@@ -353,8 +353,8 @@ def inked(thing: Thing, x: Grid, y: Grid, size: int) -> Grid | float:
     texture = thing.attributes.texture
     if texture == "plain":
         return 0.0
-    period = TEXTURE_PERIOD[texture]
-    u, v = (np.abs((c / period) % 1 - 0.5) for c in turned(x, y, thing.grain))
+    period = TEXTURE_PERIOD[texture] * min(1.2, max(0.8, thing.radius / 0.12))
+    u, v = (np.abs((c / period + 0.5) % 1 - 0.5) for c in turned(x, y, thing.grain))
     pixels = period * size
     if texture == "striped":
         return coverage((u - 0.22) * pixels)

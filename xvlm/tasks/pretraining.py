@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from xvlm import losses
@@ -86,11 +86,17 @@ class Task(nn.Module):
             named |= {"box_l1": weights.box_l1 * l1, "box_giou": weights.box_giou * giou}
         return named
 
-    @torch.no_grad()
-    def predict(self, batch: Batch) -> list[Grounded]:
-        """A box for each text of the batch, normalised ``xyxy``, with the matching head's word on its presence."""
-        concepts = self.model.encode_image(batch.images)
-        fused = self.model.fuse(self.model.encode_text(batch.texts), concepts, batch.regions.image)
+    def encode(self, images: Float[Tensor, "image 3 height width"]) -> Concepts:
+        """What a grounder keeps of images, to be asked many times."""
+        return self.model.encode_image(images)
+
+    def ground(self, texts: Texts, concepts: Concepts, about: Int[Tensor, "text"]) -> list[Grounded]:
+        """A box for each text in the image it is about, ``xyxy`` normalised to the image; box head and matching head.
+
+        Args:
+            about: which of the encoded images each text is about.
+        """
+        fused = self.model.fuse(self.model.encode_text(texts), concepts, about)
         presence = self.model.match(fused).float().softmax(-1)[:, 1]
         located = cxcywh_to_xyxy(self.model.locate(fused).float()).clamp(0, 1)
         return [Grounded(box[None], p[None], float(p)) for box, p in zip(located, presence, strict=True)]

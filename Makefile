@@ -1,0 +1,34 @@
+# make demo    pre-train a small model on generated scenes and show what it learned
+# make test    lint, then the default tests
+# make slow    the tests that take minutes
+
+VENV ?= .venv
+PYTHON ?= python3
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow install
+install: $(BIN)/.installed
+
+# The index's newest torch and torchvision are built for each other; pip must be left to choose both.
+$(BIN)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[dev,photos]'
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/accelerate launch --config_file configs/accelerate/demo.yaml \
+	  pretrain/train.py configs/pretrain/demo.yaml out=$(OUT)
+
+test: $(BIN)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+slow: $(BIN)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3600

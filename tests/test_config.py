@@ -1,0 +1,58 @@
+"""Configurations: strict, with the nearest name; numbers and words mean what people mean; files round-trip."""
+
+import pytest
+
+from xvlm.config import ConfigError, Configured, dump_config, load_config, parse_yaml
+
+
+class Inner(Configured):
+    lr: float = 1e-3
+    mode: str = "no"
+
+
+class Outer(Configured):
+    steps: int
+    optim: Inner = Inner()
+    parts: dict[str, Inner] = {}
+
+
+def write(folder, name, text):
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_numbers_and_words():
+    read = parse_yaml("a: 1e-4\nb: no\nc: true\nd: -.5\ne: 3\nf: 2.\ng: off\nh: 1.5e+3")
+    assert read == {"a": 1e-4, "b": "no", "c": True, "d": -0.5, "e": 3, "f": 2.0, "g": "off", "h": 1500.0}
+
+
+def test_base_and_overrides(tmp_path):
+    write(tmp_path, "base.yaml", "steps: 5\noptim: {lr: 1e-4, mode: fast}\n")
+    path = write(tmp_path, "top.yaml", "base: base.yaml\noptim: {lr: 2e-4}\n")
+    config = load_config(Outer, path, ["steps=7", "parts.a.lr=0.5"])
+    assert (config.steps, config.optim.lr, config.optim.mode, config.parts["a"].lr) == (7, 2e-4, "fast", 0.5)
+    again = load_config(Outer, write(tmp_path, "dumped.yaml", dump_config(config)))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 1\noptm: {}\n", r"top.yaml: unknown key 'optm'; did you mean 'optim'\?"),
+        ("steps: 1\noptim: {lrs: 1}\n", r"unknown key 'optim.lrs'; did you mean 'lr'\?"),
+        ("steps: 1\nparts: {x: {lrr: 1}}\n", r"unknown key 'parts.x.lrr'; did you mean 'lr'\?"),
+        ("steps: many\n", r"steps: Input should be a valid integer.*'many'"),
+        ("optim: {}\n", "missing key 'steps'"),
+        ("- 1\n", "expected a mapping"),
+        ("steps: [1\n", "not readable as YAML"),
+        ("base: nowhere.yaml\n", "nowhere.yaml: no such configuration file"),
+    ],
+)
+def test_errors_name_the_place(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, write(tmp_path, "top.yaml", text))
+
+
+def test_an_override_without_equals_is_explained(tmp_path):
+    with pytest.raises(ConfigError, match="expected key=value"):
+        load_config(Outer, write(tmp_path, "top.yaml", "steps: 1\n"), ["steps"])

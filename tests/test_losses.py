@@ -1,0 +1,85 @@
+"""Losses against closed forms and brute force."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from xvlm import losses
+from xvlm.tasks.pretraining import same_texts
+from xvlm.types import Texts
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def test_contrastive_of_equal_features_is_chance():
+    same = torch.ones(5, 4) / 2
+    loss = losses.contrastive(same, same, torch.tensor(0.07))
+    assert float(loss) == pytest.approx(math.log(5), abs=1e-5)
+
+
+def test_contrastive_shares_the_target_among_positives():
+    image, text, temperature = unit(4, 8), unit(4, 8), torch.tensor(0.5)
+    same = torch.tensor([0, 1, 0, 2])
+    logits = image @ text.T / 0.5
+    expected = 0.0
+    for scores in (logits, logits.T):
+        log_p = scores.log_softmax(1)
+        for i in range(4):
+            positives = [j for j in range(4) if same[j] == same[i]]
+            expected -= sum(log_p[i, j] for j in positives) / len(positives) / 8
+    torch.testing.assert_close(losses.contrastive(image, text, temperature, same), expected)
+
+
+def test_contrastive_without_repeats_is_the_diagonal():
+    image, text, temperature = unit(4, 8), unit(4, 8), torch.tensor(0.07)
+    plain = losses.contrastive(image, text, temperature)
+    torch.testing.assert_close(losses.contrastive(image, text, temperature, torch.arange(4)), plain)
+
+
+def test_hard_negatives_are_never_forbidden_and_prefer_the_similar():
+    image = text = unit(6, 3)
+    forbidden = torch.eye(6, dtype=torch.bool)
+    forbidden[0, 1] = forbidden[1, 0] = True
+    drawn = torch.zeros(6, 6)
+    for _ in range(300):
+        texts, wrong_image, images, wrong_text = losses.hard_negatives(image, text, torch.tensor(0.2), forbidden)
+        assert not forbidden[wrong_image, texts].any() and not forbidden[images, wrong_text].any()
+        drawn[texts, wrong_image] += 1
+    weights, _ = losses.negative_weights(image, text, torch.tensor(0.2), forbidden)
+    torch.testing.assert_close(drawn / 300, weights / weights.sum(1, keepdim=True), atol=0.1, rtol=0)
+
+
+def test_rows_without_a_negative_are_left_out():
+    image = text = unit(3, 4)
+    forbidden = torch.ones(3, 3, dtype=torch.bool)
+    assert all(len(rows) == 0 for rows in losses.hard_negatives(image, text, torch.tensor(0.1), forbidden))
+    forbidden[0, 2] = False
+    texts, wrong_image, images, wrong_text = losses.hard_negatives(image, text, torch.tensor(0.1), forbidden)
+    assert (texts.tolist(), wrong_image.tolist(), images.tolist(), wrong_text.tolist()) == ([2], [0], [0], [2])
+
+
+def test_box_losses_closed_form():
+    predicted, target = torch.tensor([[0.5, 0.5, 0.2, 0.2]]), torch.tensor([[0.6, 0.5, 0.2, 0.2]])
+    l1, giou = losses.box_l1_giou(predicted, target)
+    assert float(l1) == pytest.approx(0.1, abs=1e-6)
+    assert float(giou) == pytest.approx(2 / 3, abs=1e-6)
+
+
+def test_losses_of_nothing_are_zero_and_finite():
+    none = torch.zeros(0, 4, requires_grad=True)
+    l1, giou = losses.box_l1_giou(none, torch.zeros(0, 4))
+    words = losses.masked_words(torch.zeros(0, 7, requires_grad=True), torch.zeros(0, dtype=torch.long))
+    assert float(l1) == float(giou) == float(words) == 0.0
+
+
+def test_equal_words_are_the_same_text_whatever_the_padding():
+    ids = torch.tensor([[2, 7, 9, 0], [2, 7, 9, 5], [2, 9, 7, 0], [2, 7, 9, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]]).bool()
+    same = same_texts(Texts(ids, mask))
+    assert same[0] == same[3] and len(set(same.tolist())) == 3
+    wider = same_texts(Texts(F.pad(ids, (0, 3)), F.pad(mask, (0, 3))))
+    assert torch.equal(same, wider)

@@ -1,0 +1,172 @@
+"""The three verbs: regions are special cases of nothing, packing changes nothing, folders load strictly."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from xvlm import boxes
+from xvlm.models.vision import VisionConfig, VisionEncoder
+from xvlm.models.xvlm import XVLM
+from xvlm.types import Regions, Texts
+
+
+def whole(images: int, size: int = 32) -> Regions:
+    box = torch.tensor([[0.0, 0.0, size, size]]).repeat(images, 1)
+    return Regions(torch.arange(images), box / size, box, torch.zeros(images, dtype=torch.bool))
+
+
+def test_the_whole_image_is_the_box_that_covers_everything():
+    model, batch = tiny.model(), tiny.batch()
+    concepts = model.encode_image(batch.images, whole(3))
+    torch.testing.assert_close(concepts.pooled[:3], concepts.pooled[3:], atol=1e-6, rtol=1e-5)
+    assert torch.equal(concepts.mask[:3], concepts.mask[3:])
+    words, image = model.encode_text(Texts(batch.texts.ids[:3], batch.texts.mask[:3])), torch.arange(3)
+    plain, region = model.fuse(words, concepts, image), model.fuse(words, concepts, 3 + image)
+    torch.testing.assert_close(plain.states, region.states, atol=1e-5, rtol=1e-5)
+
+
+def test_region_tokens_are_the_mean_of_the_patches_in_the_box():
+    model, batch = tiny.model(), tiny.batch()
+    concepts = model.encode_image(batch.images, batch.regions)
+    for r, image in enumerate(batch.regions.image.tolist()):
+        if batch.regions.whole[r]:
+            continue
+        x, y, w, h = batch.regions.boxes_xywh[r].tolist()
+        rows, columns = concepts.grid
+        inside = [
+            concepts.patches[image, row * columns + column]
+            for row in range(rows)
+            for column in range(columns)
+            if column * 32 / columns < x + w and (column + 1) * 32 / columns > x
+            if row * 32 / rows < y + h and (row + 1) * 32 / rows > y
+        ]
+        torch.testing.assert_close(concepts.pooled[3 + r], torch.stack(inside).mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_soft_pooling_weighs_patches_by_the_area_covered():
+    cover = boxes.patch_cover(torch.tensor([[8.0, 0.0, 16.0, 16.0], [3.0, 3.0, 0.0, 0.0]]), (2, 2), (32, 32))
+    assert cover[0].tolist() == [0.5, 0.5, 0, 0]
+    assert cover[1].tolist() == [1, 0, 0, 0]  # a box of no area has the patch it lies in
+
+
+def test_a_text_alone_is_the_same_as_in_a_batch():
+    model, batch = tiny.model(), tiny.batch()
+    concepts = model.encode_image(batch.images, batch.regions)
+    about = torch.arange(len(batch.texts.ids)) + 3
+    together = model.fuse(model.encode_text(batch.texts), concepts, about)
+    for i in range(len(about)):
+        alone = model.encode_text(Texts(batch.texts.ids[i : i + 1], batch.texts.mask[i : i + 1]))
+        fused = model.fuse(alone, concepts, about[i : i + 1])
+        torch.testing.assert_close(fused.states, together.take(torch.tensor([i])).states, atol=1e-5, rtol=1e-5)
+
+
+def test_words_hidden_by_the_mask_and_patches_outside_the_box_change_nothing():
+    model, batch = tiny.model(), tiny.batch()
+    region = 1  # a region of image 0
+    concepts = model.encode_image(batch.images, batch.regions)
+    words = model.encode_text(Texts(batch.texts.ids[:1], batch.texts.mask[:1]))
+    before = model.fuse(words, concepts, torch.tensor([3 + region])).states
+    concepts.patches[0][~concepts.mask[3 + region]] = 99.0
+    torch.testing.assert_close(model.fuse(words, concepts, torch.tensor([3 + region])).states, before)
+    ids = torch.where(batch.texts.mask, batch.texts.ids, 7)
+    torch.testing.assert_close(
+        model.encode_text(Texts(ids, batch.texts.mask)).states, model.encode_text(batch.texts).states
+    )
+
+
+def test_asking_for_some_words_gives_what_asking_for_all_gives():
+    model, batch = tiny.model(), tiny.batch()
+    concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
+    of, about = torch.tensor([0, 4, 4, 2]), torch.tensor([3, 0, 7, 1])
+    everything = model.fuse(words.take(of), concepts, about)
+    only = batch.masked.hidden[of]
+    only[0, 0] = True
+    some = model.fuse(words, concepts, about, of, only)
+    torch.testing.assert_close(some.states, everything.padded()[only], atol=1e-5, rtol=1e-5)
+    assert torch.equal(some.mask, only)
+
+
+def test_attention_maps_are_kept_with_gradient():
+    model, batch = tiny.model(), tiny.batch()
+    concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
+    about = torch.arange(len(batch.texts.ids)) + 3
+    fused = model.fuse(words, concepts, about, keep_map=1)
+    kept = model.cross.layers[1].cross_attention.map
+    assert kept.shape == (len(words.states), 2, 1 + concepts.patches.shape[1])
+    torch.testing.assert_close(kept.sum(-1), torch.ones(kept.shape[:2]))
+    (gradient,) = torch.autograd.grad(model.match(fused)[:, 1].sum(), kept)
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("trunk", "options", "size", "grid"),
+    [
+        ("swin_tiny_patch4_window7_224", tiny.SWIN, (32, 32), (4, 4)),
+        ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2}, (32, 48), (2, 3)),
+        ("resnet10t", {"channels": (8, 8, 8, 8), "output_stride": 16}, (64, 96), (4, 6)),
+        ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}, (64, 64), (2, 2)),
+    ],
+)
+def test_any_trunk_gives_patches_in_reading_order(trunk, options, size, grid):
+    encoder = VisionEncoder(VisionConfig(trunk=trunk, options=options, image_size=size, positions=True)).eval()
+    concepts = encoder(torch.randn(2, 3, *size))
+    assert concepts.grid == grid
+    assert concepts.patches.shape == (2, grid[0] * grid[1], encoder.dim)
+    image = torch.zeros(1, 3, *size)
+    image[:, :, -8:, -8:] = 3.0  # only the lower right corner differs: so does its patch, most of all
+    changed = (encoder(image).patches - encoder(torch.zeros(1, 3, *size)).patches).norm(dim=-1)[0]
+    assert changed.argmax() == grid[0] * grid[1] - 1
+
+
+def test_every_parameter_gets_a_gradient():
+    from xvlm.tasks.pretraining import PretrainingConfig, Task
+
+    task = Task(PretrainingConfig(), tiny.model())
+    sum(task({"region": tiny.batch()}).values()).backward()
+    without = [name for name, p in task.named_parameters() if p.grad is None]
+    assert without == []
+
+
+def test_an_unknown_trunk_and_a_wrong_image_size_are_named():
+    with pytest.raises(ValueError, match="'resnet51x' is not a timm model"):
+        VisionEncoder(VisionConfig(trunk="resnet51x"))
+    with pytest.raises(ValueError, match=r"images are \(40, 40\), the model was built for \(32, 32\)"):
+        tiny.model().encode_image(torch.zeros(1, 3, 40, 40))
+
+
+def test_folders_round_trip_and_load_strictly(tmp_path):
+    model, batch = tiny.model(), tiny.batch()
+    model.save_pretrained(tmp_path)
+    again = XVLM.from_pretrained(tmp_path)
+    assert again.config == model.config
+    before, after = (m.encode_image(batch.images, batch.regions).pooled for m in (model, again))
+    assert torch.equal(before, after)
+
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    save_file({name: t for name, t in state.items() if name != "text.norm.bias"} | {"extra": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"model.safetensors: missing text.norm.bias; unexpected extra"):
+        XVLM.from_pretrained(tmp_path)
+    save_file(state | {"text.norm.bias": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match=r"text.norm.bias has shape \(3,\), expected \(16,\)"):
+        XVLM.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"schema": 99}))
+    with pytest.raises(ValueError, match="schema 99"):
+        XVLM.from_pretrained(tmp_path)
+
+
+def test_half_precision_folders(tmp_path):
+    model = tiny.model()
+    model.save_pretrained(tmp_path, dtype=torch.float16)
+    again = XVLM.from_pretrained(tmp_path)
+    assert again.temperature.dtype == torch.float32
+    torch.testing.assert_close(again.text.words.weight, model.text.words.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(FileNotFoundError, match="no such folder; shipped weights"):
+        XVLM.from_pretrained("xvlm-nonesuch")

@@ -1,0 +1,128 @@
+"""The ``xvlm`` command."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xvlm import hub
+from xvlm.config import ConfigError, dump_config, load_config
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data = typer.Typer(no_args_is_help=True, help="Sources of data and shards.")
+app.add_typer(data, name="data")
+
+DEFAULT = "xvlm-scenes-tiny"
+
+
+@app.command()
+def demo(
+    ablation: Annotated[bool, typer.Option(help="Compare all losses, no box loss, no regions; three seeds.")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value over configs/pretrain/demo.yaml")] = None,
+) -> None:
+    """Pre-train a small model on generated scenes and show what it learned (from a checkout of the repository)."""
+    root = Path(__file__).parents[1]
+    script = root / "pretrain" / ("ablation.py" if ablation else "train.py")
+    config = root / "configs/pretrain/demo.yaml"
+    if not script.exists():
+        raise FileNotFoundError(f"{script}: the demo runs from a checkout of the repository (pip install -e .)")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command = [sys.executable] if ablation else [*launch, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    raise SystemExit(subprocess.run([*command, str(script), str(config), *(overrides or [])], check=False).returncode)
+
+
+@app.command()
+def ground(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    phrases: Annotated[list[str], typer.Argument(help="What to look for, one or more phrases.")],
+    model: Annotated[str, typer.Option(help="Folder, shipped name or hub name.")] = DEFAULT,
+    out: Annotated[Path, typer.Option(help="Where the drawn picture goes.")] = Path("grounded.png"),
+) -> None:
+    """Find phrases in a picture: prints a box each (left top right bottom, pixels) and draws them."""
+    import torch
+    from PIL import Image
+
+    from xvlm import viz
+    from xvlm.data.processor import Processor
+    from xvlm.grounder import Grounder
+    from xvlm.models.xvlm import XVLM
+    from xvlm.tasks.pretraining import PretrainingConfig, Task
+
+    picture = Image.open(image).convert("RGB")
+    folder = hub.locate(model)
+    method = Task(PretrainingConfig(), XVLM.from_pretrained(folder)).eval()
+    grounder = Grounder(method, Processor.from_pretrained(folder))
+    grounder.set_image(picture)
+    found = grounder.predict_all(phrases)
+    for phrase, each in zip(phrases, found, strict=True):
+        box = " ".join(f"{edge:.0f}" for edge in each.boxes_xyxy[0].tolist())
+        typer.echo(f"{phrase}: {box}  presence {each.presence:.2f}")
+    labels = [f"{phrase} {each.presence:.2f}" for phrase, each in zip(phrases, found, strict=True)]
+    viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), labels).save(out)
+    typer.echo(str(out))
+
+
+@data.command("pack")
+def data_pack(
+    reader: Annotated[str, typer.Argument(help="scenes, flickr30k_entities or coco")],
+    out: Annotated[Path, typer.Argument(help="Shards go to OUT/SPLIT.")],
+    folder: Annotated[Path | None, typer.Option(help="Folder of the public data.")] = None,
+    split: Annotated[str, typer.Option(help="Which part.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Records at most (scenes need a number).")] = None,
+) -> None:
+    """Pack a source into tar shards."""
+    from xvlm.data.pack import CorpusConfig, pack
+
+    config = CorpusConfig.model_validate({"reader": reader, "out": out, "folder": folder, "splits": {split: limit}})
+    typer.echo(f"{out / split}: {len(pack(config)[split])} records")
+
+
+@data.command("show")
+def data_show(
+    shards: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("records.png"),
+    count: Annotated[int, typer.Option(help="How many records.")] = 12,
+) -> None:
+    """A contact sheet of records with their regions drawn."""
+    import torch
+
+    from xvlm import viz
+    from xvlm.data.processor import decode_image
+    from xvlm.data.shards import Shards
+
+    packed = Shards(shards)
+    pictures, captions = [], []
+    for i in range(min(count, len(packed))):
+        record, image = packed.read(i)
+        regions = record.regions[:5]
+        boxes = torch.tensor([region.box_xyxy for region in regions]).reshape(-1, 4)
+        pictures.append(viz.draw(decode_image(image), boxes, [region.descriptions[0] for region in regions]))
+        captions.append(record.captions[0] if record.captions else record.id)
+    viz.contact_sheet(pictures, captions).save(out)
+    typer.echo(str(out))
+
+
+@app.command()
+def show(
+    config: Annotated[Path, typer.Argument(help="A file in configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+) -> None:
+    """Print a resolved configuration."""
+    root = Path(__file__).parents[1]
+    sys.path.insert(0, str(root))
+    from pretrain.train import PretrainRun
+
+    typer.echo(dump_config(load_config(PretrainRun, config, overrides or [])))
+
+
+def main() -> None:
+    try:
+        app()
+    except (ConfigError, FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

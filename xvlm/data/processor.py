@@ -1,0 +1,189 @@
+"""From images and texts to tensors: size, normalisation and tokenizer, saved and loaded with the weights."""
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from PIL import Image
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from xvlm.config import Configured, load_config
+from xvlm.data.words import clean_caption
+from xvlm.types import Texts
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+FILE = "processor.json"
+MAX_PIXELS = 100_000_000
+
+Pixels = Annotated[int, Field(gt=0)]
+Channels = tuple[float, float, float]
+
+
+def _square(size: Any) -> Any:
+    return (size, size) if isinstance(size, int) else size
+
+
+class ProcessorConfig(Configured):
+    """Mean and standard deviation are of RGB in [0, 1]; CLIP's, which X-VLM uses with every trunk."""
+
+    image_size: Annotated[tuple[Pixels, Pixels], BeforeValidator(_square)] = (224, 224)  # height, width; one: square
+    mean: Channels = (0.48145466, 0.4578275, 0.40821073)
+    std: Channels = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    max_tokens: Annotated[int, Field(ge=2)] = 40  # [CLS] and [SEP] included
+    max_words: Annotated[int, Field(ge=1)] = 40
+    end_token: bool = False  # [SEP] after the text; X-VLM is pre-trained without
+
+    @property
+    def resampling(self) -> Image.Resampling:
+        return Image.Resampling[self.interpolation.upper()]
+
+
+class Processor:
+    """Prepares images and texts for a model, always in the same way.
+
+    Args:
+        tokenizer: of the transformers library, one that runs on ``tokenizers`` ("fast") and has [CLS], [MASK] and
+            padding tokens, by whatever name.
+    """
+
+    def __init__(self, config: ProcessorConfig, tokenizer: "PreTrainedTokenizerFast"):
+        wanted = ["cls_token_id", "mask_token_id", "pad_token_id"] + ["sep_token_id"] * config.end_token
+        if missing := [name for name in wanted if getattr(tokenizer, name) is None]:
+            raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.mask_id: int = tokenizer.mask_token_id
+        self.pad_id: int = tokenizer.pad_token_id
+        self._split = tokenizer.backend_tokenizer
+        self._split.no_truncation()  # tokenizer files may say otherwise, and would cut what is ours to cut
+        self._split.no_padding()
+
+    @classmethod
+    def from_vocabulary(cls, lines: Sequence[str], config: ProcessorConfig) -> "Processor":
+        """A lower-casing BERT tokenizer of these word pieces; their order gives the ids.
+
+        Raises:
+            ValueError: a special token is missing or a piece occurs twice.
+        """
+        from transformers import BertTokenizer
+
+        vocabulary = {piece: i for i, piece in enumerate(lines)}
+        if missing := {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"} - vocabulary.keys():
+            raise ValueError(f"the vocabulary of {len(lines)} pieces has no {', '.join(sorted(missing))}")
+        if len(vocabulary) < len(lines):
+            twice = next(piece for i, piece in enumerate(lines) if vocabulary[piece] != i)
+            raise ValueError(f"the vocabulary has {twice!r} more than once")
+        return cls(config, BertTokenizer(vocab=vocabulary))
+
+    @classmethod
+    def from_tokenizer(cls, folder: Path | str, config: ProcessorConfig) -> "Processor":
+        """The tokenizer of a local folder: ``tokenizer.json`` or BERT's ``vocab.txt``.
+
+        Raises:
+            FileNotFoundError: neither is there.
+        """
+        from transformers import AutoTokenizer, BertTokenizer
+
+        folder = Path(folder)
+        if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+            raise FileNotFoundError(f"{folder}: expected a tokenizer.json or a vocab.txt, found neither")
+        # Without its configuration a tokenizer file does not say which tokens are special; BERT's names are known.
+        kind = AutoTokenizer if (folder / "tokenizer_config.json").exists() else BertTokenizer
+        return cls(config, kind.from_pretrained(folder, local_files_only=True))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "Processor":
+        """What :meth:`save_pretrained` wrote.
+
+        Raises:
+            ConfigError: no ``processor.json``, or one with unknown or wrong fields.
+            FileNotFoundError: no tokenizer beside it.
+        """
+        return cls.from_tokenizer(folder, load_config(ProcessorConfig, Path(folder) / FILE))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write ``processor.json`` and the tokenizer's files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        (folder / FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def encode(self, text: str) -> tuple[list[int], list[bool]]:
+        """Ids of the cleaned text, [CLS] first, at most ``max_tokens``; and which tokens continue a word.
+
+        Raises:
+            ValueError: the text has no words once cleaned.
+        """
+        split = self._split.encode(clean_caption(text, self.config.max_words), add_special_tokens=False)
+        words = split.word_ids
+        room = self.config.max_tokens - 1 - self.config.end_token
+        ids = [self.tokenizer.cls_token_id, *split.ids[:room]]
+        continues = [False, *(i > 0 and words[i] == words[i - 1] for i in range(len(ids) - 1))]
+        if self.config.end_token:
+            ids.append(self.tokenizer.sep_token_id)
+            continues.append(False)
+        return ids, continues
+
+    def texts(self, texts: list[str]) -> Texts:
+        """Texts as ids, padded to the longest of them.
+
+        Raises:
+            ValueError: no texts, or one without words; names it.
+        """
+        return self.pad([self.encode(text)[0] for text in texts])
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> Texts:
+        """Ids of several texts as one tensor, padded to the longest."""
+        if not rows:
+            raise ValueError("there are no texts to pad")
+        ids = torch.full((len(rows), max(map(len, rows))), self.pad_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        ids[mask] = torch.tensor([i for row in rows for i in row])
+        return Texts(ids, mask)
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The image at ``image_size``, whatever its aspect ratio."""
+        height, width = self.config.image_size
+        return image.resize((width, height), self.config.resampling)
+
+    def pixel_values(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
+        """An RGB image, resized and normalised."""
+        return self.normalise(to_tensor(self.resize(image)))
+
+    def normalise(self, pixels: UInt8[Tensor, "*n 3 height width"]) -> Float[Tensor, "*n 3 height width"]:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.config.mean, self.config.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+    """The pixels of an RGB image."""
+    return rearrange(torch.from_numpy(np.array(image)), "height width channel -> channel height width")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An RGB image from an encoded file. Its EXIF orientation is left alone: boxes are of the stored pixels.
+
+    Raises:
+        ValueError: with the reason, where the bytes are no image, end early, or hold more than 100 megapixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
+            image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+        return image.convert("RGB")
+    except Exception as error:  # decoders raise whatever the bytes make them trip over
+        raise ValueError(f"image cannot be decoded ({len(data)} bytes): {error}") from None

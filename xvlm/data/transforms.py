@@ -1,0 +1,262 @@
+"""Augmentation in which a sample's image, boxes and words move together.
+
+Everything random is drawn from the ``random.Random`` passed in.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from xvlm import boxes
+from xvlm.config import Configured
+
+Crop = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class AugmentConfig(Configured):
+    """What happens to a training image; defaults are X-VLM's for captions, apart from the words of a flipped image."""
+
+    # `random_resized`: area within `scale`, width over height within `ratio`; `keep_box`: any crop around one box
+    crop: Literal["none", "random_resized", "keep_box"] = "random_resized"
+    scale: tuple[Positive, Positive] = (0.2, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    hflip: Share = 0.5
+    # where a text says left or right: `ignore` flips all the same (X-VLM), `skip` does not flip, `swap` swaps the words
+    flip_words: Literal["ignore", "skip", "swap"] = "swap"
+    randaugment: Literal["none", "full", "colour"] = "full"  # `colour` is `full` without what moves pixels
+    min_visible: Share = 0.5  # a box stays if more than this share of it is in the crop
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """An image with the boxes that are still to be seen in it: ``boxes_xywh[j]`` was box ``kept[j]``."""
+
+    image: Image.Image
+    boxes_xywh: Float[Tensor, "kept 4"]  # pixels of the image, float64
+    kept: list[int]
+    texts: list[str]
+
+
+def augment(
+    image: Image.Image,
+    boxes_xyxy: Float[Tensor, "n 4"],
+    texts: Sequence[str],
+    keep: int | None,
+    config: AugmentConfig,
+    size: tuple[int, int],
+    rng: Random,
+    interpolation: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Augmented:
+    """Crop, flip, resize (aspect not kept) and RandAugment, in the order of the reference's ``RegionTextJsonDataset``.
+
+    Args:
+        boxes_xyxy: in pixels of ``image``.
+        texts: all that is said about the image; returned with left and right swapped where the flip asks for it.
+        keep: the box that a ``keep_box`` crop contains; None: there is no box to keep, and no crop.
+        size: height and width of the result.
+    """
+    crop = choose_crop(image.size, None if keep is None else boxes_xyxy[keep].tolist(), config, rng)
+    flip = rng.random() < config.hflip
+    if flip and config.flip_words == "skip":
+        flip = not any(SIDES.search(text) for text in texts)
+    if flip and config.flip_words == "swap":
+        texts = [swap_sides(text) for text in texts]
+    boxes_xywh, visible = place_boxes(boxes_xyxy, crop, flip, size)
+
+    image = image.crop(crop)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image = image.resize((size[1], size[0]), interpolation)
+    image, moved = randaugment(image, config.randaugment, rng)
+    if moved is not None:
+        boxes_xywh, still = move_boxes(boxes_xywh, moved, size)
+        visible = visible * still
+    kept = (visible > config.min_visible).nonzero()[:, 0]
+    return Augmented(image, boxes_xywh[kept], kept.tolist(), list(texts))
+
+
+# Crops.
+
+
+def choose_crop(size: tuple[int, int], box_xyxy: Sequence[float] | None, config: AugmentConfig, rng: Random) -> Crop:
+    """A crop of an image of ``size`` (width, height); ``box_xyxy`` is the one that ``keep_box`` keeps."""
+    if config.crop == "random_resized":
+        return random_resized_crop(size, config.scale, config.ratio, rng)
+    if config.crop == "keep_box" and box_xyxy is not None:
+        return crop_around(size, box_xyxy, rng)
+    return (0, 0, *size)
+
+
+def crop_around(size: tuple[int, int], box_xyxy: Sequence[float], rng: Random) -> Crop:
+    """Each border anywhere between the box and the edge of the image (reference ``RegionTextJsonDataset``)."""
+    width, height = size
+    left, top, right, bottom = box_xyxy
+    return (
+        rng.randint(0, math.floor(left)),
+        rng.randint(0, math.floor(top)),
+        rng.randint(min(math.ceil(right), width), width),
+        rng.randint(min(math.ceil(bottom), height), height),
+    )
+
+
+def random_resized_crop(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: Random
+) -> Crop:
+    """Area and aspect ratio at random (Szegedy et al. 2015): ten tries, then the largest central crop that fits."""
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+# Boxes.
+
+
+def place_boxes(
+    boxes_xyxy: Float[Tensor, "n 4"], crop: Crop, flip: bool, size: tuple[int, int]
+) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n"]]:
+    """Where boxes lie after cropping, mirroring the crop and resizing it; and which share of each is in the crop.
+
+    In float64, and corner and size are scaled separately, as in the reference: rounding decides which patches a box
+    touches.
+
+    Args:
+        boxes_xyxy: in pixels of the image before.
+        size: height and width after.
+
+    Returns:
+        Visible parts as ``xywh`` in pixels of the image after, and shares in [0, 1].
+    """
+    left, top, right, bottom = crop
+    width, height = right - left, bottom - top
+    whole = boxes_xyxy.double()
+    corner, end = whole.new_tensor([left, top]), whole.new_tensor([right, bottom])
+    first, last = torch.maximum(whole[:, :2], corner), torch.minimum(whole[:, 2:], end)
+    extent = (last - first).clamp(min=0)
+    visible = extent.prod(1) / (whole[:, 2:] - whole[:, :2]).prod(1)
+    x, y = (first - corner).unbind(1)
+    w, h = extent.unbind(1)
+    if flip:
+        x = width - x - w
+    across, down = size[1] / width, size[0] / height
+    return torch.stack([across * x, down * y, across * w, down * h], 1), visible
+
+
+def move_boxes(
+    boxes_xywh: Float[Tensor, "n 4"], affine: Float[np.ndarray, "2 3"], size: tuple[int, int]
+) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n"]]:
+    """Upright boxes around what an affine map of the image makes of boxes, clipped; and the share that is left of each.
+
+    Args:
+        boxes_xywh: in pixels of an image of ``size`` (height, width), which the map does not change.
+    """
+    x, y, w, h = boxes_xywh.double().unbind(1)
+    corners = torch.stack([torch.stack([x + i * w, y + j * h, torch.ones_like(x)], 1) for i in (0, 1) for j in (0, 1)])
+    moved = corners @ torch.from_numpy(affine).T
+    hull = torch.cat([moved.amin(0), moved.amax(0)], 1)
+    inside = boxes.clip(hull, size[1], size[0])
+    return boxes.xyxy_to_xywh(inside), boxes.area(inside) / boxes.area(hull).clamp(min=torch.finfo(hull.dtype).tiny)
+
+
+# Words.
+
+SIDES = re.compile(r"\b(left|right)(most)?\b", re.IGNORECASE)
+
+
+def swap_sides(text: str) -> str:
+    """The text about the mirrored image: left for right, leftmost for rightmost; "bright" is no side."""
+
+    def other(match: re.Match) -> str:
+        side = match[1]
+        swapped = "right" if side.lower() == "left" else "left"
+        cased = swapped.upper() if side.isupper() else swapped.capitalize() if side[0].isupper() else swapped
+        return cased + (match[2] or "")
+
+    return SIDES.sub(other, text)
+
+
+# RandAugment (Cubuk et al. 2020) as X-VLM has it: two operations, each used half of the time, level 7 of 10.
+
+FACTOR = 0.7 * 1.8 + 0.1
+COLOUR = ("identity", "autocontrast", "equalize", "brightness", "sharpness")
+MOVING = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+GREY = (128, 128, 128)
+
+
+def randaugment(
+    image: Image.Image, kind: Literal["none", "full", "colour"], rng: Random
+) -> tuple[Image.Image, Float[np.ndarray, "2 3"] | None]:
+    """The image after two random operations, and the map from its old pixels to its new ones if they moved."""
+    if kind == "none":
+        return image, None
+    names = rng.choices(COLOUR + MOVING if kind == "full" else COLOUR, k=2)
+    moved = None
+    for name in names:
+        if rng.random() >= 0.5:
+            continue
+        if name in MOVING:
+            step = affine_of(name, 1 if rng.random() < 0.5 else -1, image.size)
+            image = warp(image, step)
+            moved = step if moved is None else _compose(step, moved)
+        else:
+            image = recolour(image, name)
+    return image, moved
+
+
+def recolour(image: Image.Image, name: str) -> Image.Image:
+    """One operation of ``COLOUR``."""
+    if name == "autocontrast":
+        return tv.autocontrast(image)
+    if name == "equalize":
+        return tv.equalize(image)
+    if name == "brightness":
+        return tv.adjust_brightness(image, FACTOR)
+    if name == "sharpness":
+        return tv.adjust_sharpness(image, FACTOR)
+    return image
+
+
+def affine_of(name: str, sign: int, size: tuple[int, int]) -> Float[np.ndarray, "2 3"]:
+    """One operation of ``MOVING`` at level 7, in pixels of an image of ``size`` (width, height)."""
+    shear, translate = sign * 0.3 * 0.7, sign * 10 * 0.7
+    if name == "rotate":
+        angle = math.radians(sign * 30 * 0.7)
+        cos, sin = math.cos(angle), math.sin(angle)
+        cx, cy = size[0] / 2, size[1] / 2
+        return np.array([[cos, sin, cx - cos * cx - sin * cy], [-sin, cos, cy + sin * cx - cos * cy]])
+    across = {"shear_x": (shear, 0.0), "translate_x": (0.0, translate)}.get(name, (0.0, 0.0))
+    down = {"shear_y": (shear, 0.0), "translate_y": (0.0, translate)}.get(name, (0.0, 0.0))
+    return np.array([[1.0, across[0], across[1]], [down[0], 1.0, down[1]]])
+
+
+def warp(image: Image.Image, affine: Float[np.ndarray, "2 3"]) -> Image.Image:
+    """The image after a map of pixel coordinates; what comes from outside is grey."""
+    back = np.linalg.inv(np.vstack([affine, [0, 0, 1]]))[:2]
+    return image.transform(
+        image.size, Image.Transform.AFFINE, back.ravel().tolist(), Image.Resampling.BILINEAR, fillcolor=GREY
+    )
+
+
+def _compose(after: Float[np.ndarray, "2 3"], before: Float[np.ndarray, "2 3"]) -> Float[np.ndarray, "2 3"]:
+    return after @ np.vstack([before, [0, 0, 1]])
