@@ -27,7 +27,7 @@ from xvlm.config import Configured
 from xvlm.data.processor import Processor, decode_image, to_tensor
 from xvlm.data.records import Box, Object, Record
 from xvlm.data.shards import BrokenSample, Shards, epoch_order
-from xvlm.data.transforms import AugmentConfig, augment
+from xvlm.data.transforms import AugmentConfig, augment, targets
 from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch, Masked, Regions
 
@@ -302,7 +302,6 @@ class _Stream(Dataset):
             if not samples or samples[-1] is not sample:
                 samples.append(sample)
         number = {id(sample): i for i, sample in enumerate(samples)}
-        height, width = self.processor.config.image_size
         boxes_xywh = torch.tensor([said.box_xywh for _, said in texts], dtype=torch.float64)
         padded = self.processor.pad([said.ids for _, said in texts])
         masked = None
@@ -316,7 +315,7 @@ class _Stream(Dataset):
             texts=padded,
             regions=Regions(
                 image=torch.tensor([number[id(sample)] for sample, _ in texts]),
-                boxes_cxcywh=_target(boxes_xywh, height, width),
+                boxes_cxcywh=targets(boxes_xywh, self.processor.config.image_size),
                 boxes_xywh=boxes_xywh,
                 whole=torch.tensor([said.whole for _, said in texts]),
             ),
@@ -325,12 +324,6 @@ class _Stream(Dataset):
             skipped=skipped,
             sources=dict(Counter(sample.record.source for sample, _ in texts)),
         )
-
-
-def _target(boxes_xywh: Float[Tensor, "n 4"], height: int, width: int) -> Float[Tensor, "n 4"]:
-    """Centre and size in shares of the image, float32."""
-    x, y, w, h = boxes_xywh.unbind(1)
-    return torch.stack([(x + w / 2) / width, (y + h / 2) / height, w / width, h / height], 1).float()
 
 
 # Evaluation.

@@ -175,8 +175,15 @@ def move_boxes(
     corners = torch.stack([torch.stack([x + i * w, y + j * h, torch.ones_like(x)], 1) for i in (0, 1) for j in (0, 1)])
     moved = corners @ torch.from_numpy(affine).T
     hull = torch.cat([moved.amin(0), moved.amax(0)], 1)
-    inside = boxes.clip(hull, size[1], size[0])
+    inside = boxes.clip(hull, float(size[1]), float(size[0]))
     return boxes.xyxy_to_xywh(inside), boxes.area(inside) / boxes.area(hull).clamp(min=torch.finfo(hull.dtype).tiny)
+
+
+def targets(boxes_xywh: Float[Tensor, "n 4"], size: tuple[int, int]) -> Float[Tensor, "n 4"]:
+    """Boxes as a model is to predict them: ``cxcywh`` in shares of an image of ``size`` (height, width), float32."""
+    x, y, w, h = boxes_xywh.unbind(1)
+    height, width = size
+    return torch.stack([(x + w / 2) / width, (y + h / 2) / height, w / width, h / height], 1).float()
 
 
 # Words.

@@ -1,0 +1,378 @@
+"""The two streams: the same batches whatever reads them, boxes on what is named, broken samples left out and named."""
+
+import io
+import pickle
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from xvlm.config import ConfigError, load_config
+from xvlm.data import pretrain
+from xvlm.data.pretrain import StreamConfig, loader, mentions, records
+from xvlm.data.processor import Processor, ProcessorConfig, decode_image
+from xvlm.data.records import Object, Phrase, Record, Region
+from xvlm.data.shards import Shards, write_shards
+from xvlm.data.words import WordMasking
+from xvlm.types import Batch
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "square", "left", "right", "the", "flat", *COLOURS]
+SIZE = (24, 32)
+STILL = {"crop": "none", "hflip": 0.0, "randaugment": "none"}
+
+
+def made(i: int, source: str = "made") -> tuple[Record, bytes]:
+    """Three squares on grey, in places that depend on i; the caption is as long as i says."""
+    image = Image.new("RGB", (60, 48), (90, 90, 90))
+    boxes = {}
+    for n, (name, colour) in enumerate(COLOURS.items()):
+        left, top = 20 * n + i % 5, (7 * i + 11 * n) % 30
+        boxes[name] = (left, top, left + 14, top + 16)
+        image.paste(colour, boxes[name])
+    caption = "the red square" + " flat" * (i % 4)
+    record = Record(
+        id=f"{source}{i}",
+        source=source,
+        width=60,
+        height=48,
+        captions=[caption],
+        regions=[Region(box_xyxy=boxes["green"], descriptions=["green", "a green square"])],
+        objects=[Object(box_xyxy=boxes["blue"], label="square", attributes=["blue", "flat"])],
+        phrases=[Phrase(caption=0, start=4, end=7, boxes_xyxy=[boxes["red"]]), Phrase(caption=0, start=8, end=14)],
+    )
+    return record, encoded(image)
+
+
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor.from_vocabulary(VOCABULARY, ProcessorConfig(image_size=SIZE))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    parent = tmp_path_factory.mktemp("shards")
+    write_shards((made(i) for i in range(10)), parent / "a", samples_per_shard=3, progress=False)
+    write_shards((made(i, "other") for i in range(4)), parent / "b", samples_per_shard=3, progress=False)
+    return [parent / "a", parent / "b"]
+
+
+def stream(folders, grain="region", images=4, workers=0, **more) -> StreamConfig:
+    return StreamConfig(shards=folders, grain=grain, images=images, workers=workers, **more)
+
+
+def batches(config, processor, n: int, start: int = 0, seed: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
+    opened = loader(config, processor, WordMasking(), seed=seed, start=start, rank=rank, world=world)
+    return list(islice(opened, n))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = [
+        (a.images, b.images),
+        *((getattr(a.texts, f), getattr(b.texts, f)) for f in ("ids", "mask")),
+        *((getattr(a.masked, f), getattr(b.masked, f)) for f in ("ids", "hidden")),
+        *((getattr(a.regions, f), getattr(b.regions, f)) for f in ("image", "boxes_cxcywh", "boxes_xywh", "whole")),
+    ]
+    return all(torch.equal(x, y) for x, y in tensors) and (a.ids, a.skipped) == (b.ids, b.skipped)
+
+
+def said(batch: Batch) -> list[str]:
+    """The texts of a batch, read back."""
+    rows = zip(batch.texts.ids.tolist(), batch.texts.mask.tolist(), strict=True)
+    return [" ".join(VOCABULARY[i] for i, m in zip(ids[1:], mask[1:], strict=True) if m) for ids, mask in rows]
+
+
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """Normalised images as RGB in 0 to 255, channels last."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (ProcessorConfig().mean, ProcessorConfig().std))
+    return ((images * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+
+
+# Order.
+
+
+@pytest.mark.parametrize("grain", ["caption", "region"])
+def test_batches_do_not_depend_on_workers_or_start(folders, processor, grain):
+    alone = batches(stream(folders, grain), processor, 6)
+    helped = batches(stream(folders, grain, workers=2), processor, 6)
+    resumed = batches(stream(folders, grain, workers=1), processor, 2, start=4)
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+    assert all(same(a, b) for a, b in zip(alone[4:], resumed, strict=True))
+    assert not same(alone[0], batches(stream(folders, grain), processor, 1, seed=1)[0])
+
+
+def test_a_stream_can_be_sent_to_a_process(folders, processor):
+    config = stream(folders)
+    sent = pickle.loads(pickle.dumps(pretrain._Stream(config, processor, WordMasking(), 0, 0, 1)))
+    assert same(sent[3], batches(config, processor, 1, start=3)[0])
+
+
+def test_processes_share_a_batch(folders, processor):
+    config = stream(folders)
+    for n, whole in enumerate(batches(config, processor, 4)):
+        parts = [batches(config, processor, 1, start=n, rank=rank, world=2)[0] for rank in (0, 1)]
+        assert whole.ids == parts[0].ids + parts[1].ids
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+        assert said(whole) == said(parts[0]) + said(parts[1])
+        assert torch.equal(whole.regions.boxes_xywh, torch.cat([part.regions.boxes_xywh for part in parts]))
+        shifted = parts[1].regions.image + len(parts[0].ids)
+        assert torch.equal(whole.regions.image, torch.cat([parts[0].regions.image, shifted]))
+
+
+def test_an_epoch_is_every_record_of_every_folder_once(folders, processor):
+    ids = [name for batch in batches(stream(folders, images=7), processor, 6) for name in batch.ids]
+    everything = sorted([f"made{i}" for i in range(10)] + [f"other{i}" for i in range(4)])
+    epochs = [ids[at : at + 14] for at in (0, 14, 28)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_an_epoch_may_end_within_a_batch(folders, processor):
+    ids = [name for batch in batches(stream(folders, images=4), processor, 7) for name in batch.ids]
+    assert set(Counter(ids).values()) == {2}
+
+
+def test_later_epochs_see_a_sample_otherwise(folders, processor):
+    config = stream(folders[1:], "caption", images=4)
+    first, second = batches(config, processor, 2)
+    assert sorted(first.ids) == sorted(second.ids)
+    assert not torch.equal(first.images[first.ids.index("other0")], second.images[second.ids.index("other0")])
+
+
+@pytest.mark.parametrize(("name", "options"), [("images", {"images": 3}), ("max_texts", {"max_texts": 5})])
+def test_what_cannot_be_divided_is_refused_at_once(folders, processor, name, options):
+    with pytest.raises(ValueError, match=f"{name}: . cannot be divided among 2 processes"):
+        loader(stream(folders, **{"images": 4} | options), processor, None, seed=0, start=0, world=2)
+
+
+# Captions.
+
+
+def test_caption_batches(folders, processor):
+    (batch,) = batches(stream(folders, "caption", images=14, augment=STILL), processor, 1)
+    assert batch.images.shape == (14, 3, *SIZE)
+    assert batch.images.dtype == torch.float32
+    assert said(batch) == ["the red square" + " flat" * (int(name[-1]) % 4) for name in batch.ids]
+    assert batch.texts.ids.shape == (14, 4 + 3)
+    assert batch.regions.image.tolist() == list(range(14))
+    assert batch.regions.whole.all()
+    assert batch.regions.boxes_cxcywh.tolist() == [[0.5, 0.5, 1.0, 1.0]] * 14
+    assert batch.regions.boxes_xywh.tolist() == [[0.0, 0.0, 32.0, 24.0]] * 14
+    assert batch.sources == {"made": 10, "other": 4}
+    assert batch.skipped == ()
+    for image, name in zip(batch.images, batch.ids, strict=True):
+        expected = processor.pixel_values(decode_image(made(int(name[-1]))[1]))
+        assert torch.equal(image, expected)
+
+
+def test_hidden_words_are_marked_where_they_are(folders, processor):
+    for batch in batches(stream(folders), processor, 3):
+        hidden = batch.masked.hidden
+        assert batch.masked.ids.shape == batch.texts.ids.shape
+        assert not (hidden & ~batch.texts.mask).any()
+        assert not hidden[:, 0].any()
+        assert (hidden.sum(1) >= 1).all()
+        assert torch.equal(batch.masked.ids[~hidden], batch.texts.ids[~hidden])
+        assert (batch.masked.ids[hidden] == VOCABULARY.index("[MASK]")).any()
+
+
+def test_without_masking_there_is_none(folders, processor):
+    assert next(loader(stream(folders), processor, None, seed=0, start=0)).masked is None
+
+
+# Regions.
+
+
+def test_boxes_lie_on_what_is_named(folders, processor):
+    config = stream(folders, with_caption=False, augment={"randaugment": "none"}, images=14)
+    named = Counter()
+    for batch in batches(config, processor, 4):
+        shown = pixels(batch.images)
+        for text, image, box in zip(said(batch), batch.regions.image, batch.regions.boxes_xywh, strict=True):
+            colour = next((word for word in text.split() if word in COLOURS), "blue")  # "flat square" is the blue one
+            x, y, w, h = box.tolist()
+            if w < 3 or h < 3:
+                continue
+            centre = shown[image, int(y + h / 2), int(x + w / 2)]
+            assert np.abs(centre - COLOURS[colour]).max() < 40, (text, centre)
+            named[text] += 1
+    assert set(named) == {"red", "green", "a green square", "blue square", "flat square"}
+
+
+def test_targets_are_the_boxes_in_shares_of_the_image(folders, processor):
+    for batch in batches(stream(folders), processor, 3):
+        x, y, w, h = batch.regions.boxes_xywh.unbind(1)
+        assert (x >= 0).all() and (y >= 0).all() and (x + w <= 32 + 1e-9).all() and (y + h <= 24 + 1e-9).all()
+        expected = torch.stack([(x + w / 2) / 32, (y + h / 2) / 24, w / 32, h / 24], 1)
+        assert torch.equal(batch.regions.boxes_cxcywh, expected.float())
+        assert batch.regions.boxes_xywh.dtype == torch.float64  # rounding decides patches
+        assert not batch.regions.whole.all()
+
+
+def test_the_caption_takes_the_first_slot(folders, processor):
+    (batch,) = batches(stream(folders, augment=STILL, max_regions=2, images=14), processor, 1)
+    assert batch.regions.image.tolist() == [i for i in range(14) for _ in (0, 1)]
+    assert batch.regions.whole.tolist() == [True, False] * 14
+    assert {text.split()[0] for text in said(batch)[::2]} == {"the"}
+    assert {text for text in said(batch)[1::2]} > {"red", "blue square"}  # parts in random order
+
+
+def test_a_cap_drops_texts_at_random_without_repeating_any(folders, processor):
+    everything, capped = (
+        batches(stream(folders, augment=STILL, images=14, max_texts=most), processor, 1)[0] for most in (None, 20)
+    )
+    assert len(said(everything)) == 14 * 4
+    assert len(said(capped)) == 20
+    assert sum(capped.sources.values()) == 20
+    assert set(capped.regions.image.tolist()) == set(range(len(capped.ids)))  # no image without a text
+    pairs = Counter(zip([capped.ids[i] for i in capped.regions.image], said(capped), strict=True))
+    assert max(pairs.values()) == 1
+    assert pairs.keys() <= set(
+        zip([everything.ids[i] for i in everything.regions.image], said(everything), strict=True)
+    )
+    parts = [
+        batches(stream(folders, augment=STILL, images=14, max_texts=20), processor, 1, rank=r, world=2)[0]
+        for r in (0, 1)
+    ]
+    assert [len(said(part)) for part in parts] == [10, 10]
+
+
+def test_a_region_stream_keeps_its_boxes_unless_told_otherwise(folders):
+    def of(**more):
+        augment = stream(folders, **more).augment
+        return augment.crop, augment.randaugment, augment.hflip
+
+    assert of() == ("keep_box", "colour", 0.5)
+    assert of(augment={"hflip": 0.1}) == ("keep_box", "colour", 0.1)
+    assert of(augment={"crop": "none"}) == ("none", "colour", 0.5)
+    assert of(grain="caption") == ("random_resized", "full", 0.5)
+
+
+def test_attributes_come_before_the_label():
+    thing = Object(box_xyxy=(0, 0, 1, 1), label="dog", attributes=["big", "old", "wet"])
+    record = Record(id="r", source="s", width=9, height=9, objects=[thing])
+
+    def texts(attributes):
+        return {mentions(record, ["object"], attributes, Random(seed))[0][0] for seed in range(200)}
+
+    assert texts("one") == {"big dog", "old dog", "wet dog"}
+    assert texts("all") == {"big old wet dog"}
+    assert texts("some") == texts("one") | texts("all") | {"dog", "big old dog", "big wet dog", "old wet dog"}
+
+
+def test_phrases_have_the_box_around_all_of_theirs():
+    boxes = [(1.5, 2.0, 3.0, 8.0), (2.0, 1.0, 5.25, 4.0)]
+    phrases = [Phrase(caption=0, start=0, end=8, boxes_xyxy=boxes), Phrase(caption=0, start=9, end=12)]
+    record = Record(id="r", source="s", width=9, height=9, captions=["two dogs run"], phrases=phrases)
+    assert mentions(record, ["region", "object", "phrase"], "one", Random(0)) == [("two dogs", (1.5, 1.0, 5.25, 8.0))]
+    assert mentions(record, ["region", "object"], "one", Random(0)) == []
+
+
+def test_kinds_choose_what_is_read(folders, processor):
+    config = stream(folders, kinds=["phrase"], with_caption=False, augment=STILL)
+    assert set(said(batches(config, processor, 1)[0])) == {"red"}
+
+
+# Broken samples.
+
+
+def with_broken(folder: Path, good: int = 8) -> Path:
+    """Good samples and one of each kind that cannot be used."""
+    record, image = made(90)
+    plain = {"source": "made", "width": 60, "height": 48}
+    samples = [made(i) for i in range(good)]
+    samples += [
+        (record.model_copy(update={"id": "cut"}), image[:-40]),
+        (Record(id="size", captions=["a"], **plain | {"width": 61}), image),
+        (Record(id="silent", **plain), image),
+        (
+            Record(id="dots", captions=["..."], regions=[Region(box_xyxy=(0, 0, 9, 9), descriptions=["?"])], **plain),
+            image,
+        ),
+    ]
+    write_shards([*samples, (record.model_copy(update={"id": "garbled"}), image)], folder, progress=False)
+    offset = int(Shards(folder)._extents[-1, 2])
+    with (folder / "000000.tar").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\0\0\0\0")
+    return folder
+
+
+@pytest.mark.parametrize("grain", ["caption", "region"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_samples_are_left_out_and_named(tmp_path, processor, grain, workers):
+    folder = with_broken(tmp_path / "s")
+    config = stream([folder], grain, images=13, workers=workers)
+    (batch,) = batches(config, processor, 1)
+    assert sorted(batch.ids) == [f"made{i}" for i in range(8)]
+    reasons = dict(line.split(": ", 1) for line in batch.skipped)
+    assert reasons.keys() == {f"s/000000.tar/{name}" for name in ("cut", "size", "silent", "dots", "garbled")}
+    assert "cannot be decoded" in reasons["s/000000.tar/cut"]
+    assert "image is 60x48, the record says 61x48" in reasons["s/000000.tar/size"]
+    assert "the record has no" in reasons["s/000000.tar/silent"]
+    assert "no text has words" in reasons["s/000000.tar/dots"]
+    assert "not a record" in reasons["s/000000.tar/garbled"]
+
+
+def test_too_many_skipped_samples_end_the_run(tmp_path, processor):
+    folder = with_broken(tmp_path / "s", good=95)
+    assert len(batches(stream([folder], images=50, max_skipped_share=0.2), processor, 6)) == 6
+    with pytest.raises(RuntimeError, match=r"(?s)of 200 samples were skipped.*0\.01.*s/000000\.tar/"):
+        batches(stream([folder], images=50, max_skipped_share=0.01), processor, 6)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_of_which_nothing_is_left_names_its_samples(tmp_path, processor, workers):
+    record, _ = made(0)
+    cut = [(record.model_copy(update={"id": f"cut{i}"}), b"\xff\xd8\xff") for i in range(2)]
+    write_shards(cut, tmp_path / "s", progress=False)
+    with pytest.raises(RuntimeError, match=r"(?s)no sample of a batch.*cut\d: image cannot be decoded.*cut\d: "):
+        batches(stream([tmp_path / "s"], images=2, workers=workers), processor, 1)
+
+
+def test_unknown_keys_are_refused(folders, tmp_path):
+    with pytest.raises(ValidationError, match="image_count"):
+        stream(folders, image_count=3)
+    (tmp_path / "stream.yaml").write_text("shards: [a]\ngrain: region\nimages: 4\naugment: {hflop: 0.5}\n")
+    with pytest.raises(ConfigError, match=r"stream\.yaml.*augment\.hflop"):
+        load_config(StreamConfig, tmp_path / "stream.yaml")
+    with pytest.raises(ValidationError, match="kinds"):
+        stream(folders, kinds=[])
+
+
+def test_shards_that_are_not_there_are_missed_at_once(tmp_path, processor):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*index\.json"):
+        loader(stream([tmp_path / "nowhere"]), processor, None, seed=0, start=0)
+
+
+# Evaluation.
+
+
+def test_evaluation_reads_each_record_once_in_order(folders, processor):
+    shards = Shards(folders[0])
+    indices = [7, 2, 9, 0, 4]
+    read = list(records(shards, processor, indices, 2))
+    assert [len(some) for some, _ in read] == [2, 2, 1]
+    assert [record for some, _ in read for record in some] == [made(i)[0] for i in indices]
+    expected = torch.stack([processor.pixel_values(decode_image(made(i)[1])) for i in indices])
+    assert torch.equal(torch.cat([images for _, images in read]), expected)
+
+
+def test_evaluation_leaves_out_what_is_broken_and_says_so(tmp_path, processor, caplog):
+    shards = Shards(with_broken(tmp_path / "s", good=2))
+    read = [record.id for some, _ in records(shards, processor, range(len(shards)), 3) for record in some]
+    assert read == ["made0", "made1", "silent", "dots"]
+    assert "left out 3 of 7 records" in caplog.text
+    assert "000000.tar/cut: image cannot be decoded" in caplog.text

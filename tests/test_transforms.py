@@ -1,0 +1,315 @@
+"""Transforms: a rectangle drawn at a box stays under the box, words follow flips, images decode or say why not."""
+
+import io
+import json
+import math
+import struct
+import warnings
+import zlib
+from random import Random
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+
+from xvlm import boxes
+from xvlm.data import transforms
+from xvlm.data.processor import Processor, ProcessorConfig, decode_image
+from xvlm.data.transforms import AugmentConfig, augment, crop_around, place_boxes, random_resized_crop, swap_sides
+
+PLAIN = {"crop": "none", "hflip": 0.0, "randaugment": "none"}
+SIZE = (64, 96)  # height, width of what comes out
+
+
+@st.composite
+def pictures(draw):
+    """Width, height and an integer box of at least 12 pixels a side."""
+    width, height = draw(st.integers(30, 120)), draw(st.integers(30, 120))
+    left, top = draw(st.integers(0, width - 12)), draw(st.integers(0, height - 12))
+    right, bottom = draw(st.integers(left + 12, width)), draw(st.integers(top + 12, height))
+    return width, height, (left, top, right, bottom)
+
+
+def draw_box(width: int, height: int, box_xyxy: tuple[int, int, int, int]) -> Image.Image:
+    """Red on blue."""
+    image = Image.new("RGB", (width, height), (0, 0, 255))
+    image.paste((255, 0, 0), box_xyxy)
+    return image
+
+
+def find_box(image: Image.Image) -> np.ndarray:
+    """Where it is red, ``xyxy``."""
+    pixels = np.array(image).astype(int)
+    rows, columns = np.nonzero(pixels[..., 0] - pixels[..., 2] > 0)
+    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+
+
+# Boxes.
+
+
+@pytest.mark.parametrize("crop", ["none", "random_resized", "keep_box"])
+@settings(deadline=None, max_examples=60)
+@given(picture=pictures(), seed=st.integers(0, 2**32))
+def test_the_box_follows_what_it_is_drawn_on(crop, picture, seed):
+    *size, box_xyxy = picture
+    config = AugmentConfig(crop=crop, randaugment="none", scale=(0.3, 1.0))
+    seen = augment(draw_box(*size, box_xyxy), torch.tensor([box_xyxy]).float(), [], 0, config, SIZE, Random(seed))
+    assert seen.image.size == (96, 64)
+    assert seen.kept == [0] or crop == "random_resized"
+    assume(seen.kept)
+    found = find_box(seen.image)
+    assert np.abs(boxes.xywh_to_xyxy(seen.boxes_xywh)[0].numpy() - found).max() <= 1
+
+
+@pytest.mark.parametrize("name", transforms.COLOUR)
+def test_colours_leave_the_box_where_it_is(name):
+    box_xyxy = (10, 5, 30, 27)
+    assert find_box(transforms.recolour(draw_box(40, 30, box_xyxy), name)).tolist() == [*box_xyxy]
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32), box_xyxy=st.sampled_from([(20, 20, 40, 50), (30, 25, 60, 35), (35, 28, 60, 40)]))
+def test_the_box_follows_what_moves_pixels(seed, box_xyxy):
+    config = AugmentConfig(crop="none", hflip=0.5, randaugment="full")
+    with mock.patch.object(transforms, "COLOUR", ("identity", "brightness")):  # the others colour the grey fill
+        seen = augment(draw_box(96, 64, box_xyxy), torch.tensor([box_xyxy]).float(), [], 0, config, SIZE, Random(seed))
+    pixels = np.array(seen.image).astype(int)
+    rows, columns = np.nonzero(pixels[..., 0] - pixels[..., 2] > 100)
+    found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+    left, top, right, bottom = boxes.xywh_to_xyxy(seen.boxes_xywh)[0].tolist()
+    assert found[0] >= left - 1.5 and found[1] >= top - 1.5 and found[2] <= right + 1.5 and found[3] <= bottom + 1.5
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", transforms.MOVING)
+def test_one_movement_moves_the_box_tightly(name, sign):
+    image, box = draw_box(96, 64, (40, 24, 60, 40)), torch.tensor([[40.0, 24.0, 20.0, 16.0]])
+    affine = transforms.affine_of(name, sign, image.size)
+    moved, share = transforms.move_boxes(box, affine, SIZE)
+    assert share.tolist() == [1.0]
+    assert not torch.allclose(moved, box.double(), atol=2)
+    found = find_box(transforms.warp(image, affine))
+    assert np.abs(boxes.xywh_to_xyxy(moved)[0].numpy() - found).max() <= 1.5
+
+
+def test_movements_are_those_of_level_seven():
+    image = Image.new("RGB", (96, 64), (255, 255, 255))
+    right = transforms.affine_of("translate_x", 1, image.size)
+    assert find_white(transforms.warp(image, right)) == (7, 0, 96, 64)
+    rotate = transforms.affine_of("rotate", -1, image.size)
+    assert np.allclose(rotate @ [48, 32, 1], [48, 32])  # about the centre
+    assert math.degrees(math.atan2(rotate[1, 0], rotate[0, 0])) == pytest.approx(21)
+    assert np.allclose(transforms.affine_of("shear_y", 1, image.size) @ [10, 0, 1], [10, 2.1])
+    grey = Image.new("RGB", (4, 4), (100, 100, 100))
+    assert transforms.recolour(grey, "brightness").getpixel((0, 0)) == (136, 136, 136)
+
+
+def find_white(image: Image.Image) -> tuple[int, int, int, int]:
+    rows, columns = np.nonzero(np.array(image)[..., 0] > 250)
+    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+
+
+def test_every_operation_is_used_and_half_of_them_not():
+    image, used = Image.new("RGB", (8, 8)), []
+    with (
+        mock.patch.object(transforms, "recolour", lambda image, name: used.append(name) or image),
+        mock.patch.object(transforms, "affine_of", lambda name, sign, size: used.append((name, sign)) or np.eye(2, 3)),
+    ):
+        for seed in range(1000):
+            transforms.randaugment(image, "full", Random(seed))
+    assert set(used) == {*transforms.COLOUR, *((name, sign) for name in transforms.MOVING for sign in (1, -1))}
+    assert len(used) / 2000 == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize("kind", ["none", "colour"])
+def test_colours_move_nothing(kind):
+    image, changed = Image.linear_gradient("L").convert("RGB").resize((40, 30)), 0
+    for seed in range(60):
+        after, moved = transforms.randaugment(image, kind, Random(seed))
+        assert moved is None
+        changed += after.tobytes() != image.tobytes()
+    assert (changed > 0) == (kind == "colour")
+
+
+def test_region_samples_are_the_references(goldens):
+    functions = json.loads((goldens / "functions" / "functions.json").read_text())
+    processor = Processor.from_vocabulary(functions["tokenizer"]["vocab"], ProcessorConfig(max_tokens=16))
+    rows = functions["region_samples"]["rows"]
+    assert len(rows) == 24
+    for row in rows:
+        elements = torch.tensor([element["bb"] for element in row["elems"]])
+        placed, visible = place_boxes(
+            boxes.xywh_to_xyxy(elements.double()), tuple(row["crop_xyxy"]), row["flip"], (224, 224)
+        )
+        taken = [i for i in row["order"] if visible[i] > 0.5][: 4 - (row["caption"] is not None)]
+        boxes_xywh, texts = placed[taken], []
+        for i in taken:
+            texts.append(f"{row['elems'][i].get('attributes', '')} {row['elems'][i]['caption']}")
+        if row["caption"] is not None:
+            boxes_xywh = torch.cat([torch.tensor([[0.0, 0.0, 224.0, 224.0]]).double(), boxes_xywh])
+            texts.insert(0, row["caption"])
+        assert torch.equal(transforms.targets(boxes_xywh, (224, 224)), torch.tensor(row["target_bbox"]))
+        assert [int(i == 0 and row["caption"] is not None) for i in range(len(texts))] == row["is_image"]
+        masks = boxes.patch_mask(boxes_xywh, (7, 7), (224, 224))
+        ones = [[0, *(1 + mask.nonzero()[:, 0]).tolist()] for mask in masks]
+        assert ones == row["image_atts_ones"]
+        ids = [processor.encode(text)[0] for text in texts]
+        assert [[*one, *[0] * (16 - len(one))] for one in ids] == row["text_ids"]
+
+
+def test_boxes_leave_when_half_of_them_is_out():
+    boxes_xyxy = torch.tensor([[0.0, 0, 20, 10], [1.0, 0, 21, 10], [50.0, 0, 60, 10], [0.0, 0, 5, 5]])
+    placed, visible = place_boxes(boxes_xyxy, (10, 0, 40, 30), False, (30, 30))
+    assert torch.equal(visible, torch.tensor([0.5, 0.55, 0.0, 0.0], dtype=torch.float64))
+    assert placed[1].tolist() == [0, 0, 11, 10]
+    with mock.patch.object(transforms, "choose_crop", lambda *_: (10, 0, 40, 30)):
+        config = AugmentConfig(**PLAIN)
+        assert augment(Image.new("RGB", (60, 30)), boxes_xyxy, [], None, config, (30, 30), Random(0)).kept == [1]
+
+
+@given(pictures(), st.integers(0, 2**32))
+def test_a_crop_around_a_box_contains_it(picture, seed):
+    width, height, box = picture
+    left, top, right, bottom = crop_around((width, height), [max(0.0, edge - 0.25) for edge in box], Random(seed))
+    assert 0 <= left <= box[0] and box[2] <= right <= width
+    assert 0 <= top <= box[1] and box[3] <= bottom <= height
+
+
+def test_a_crop_around_a_box_reaches_from_the_box_to_the_edges():
+    crops = [crop_around((9, 9), (2.0, 1.0, 7.0, 8.0), Random(seed)) for seed in range(200)]
+    assert [set(border) for border in zip(*crops, strict=True)] == [{0, 1, 2}, {0, 1}, {7, 8, 9}, {8, 9}]
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32))
+def test_random_crops_lie_in_the_image(width, height, seed):
+    left, top, right, bottom = random_resized_crop((width, height), (0.2, 1.0), (3 / 4, 4 / 3), Random(seed))
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+
+
+def test_random_crops_have_the_area_and_aspect_asked_for():
+    crops = [random_resized_crop((1000, 1000), (0.2, 0.5), (0.5, 2.0), Random(seed)) for seed in range(300)]
+    shares = [(r - left) * (b - t) / 1e6 for left, t, r, b in crops]
+    aspects = [(r - left) / (b - t) for left, t, r, b in crops]
+    assert 0.198 < min(shares) < 0.22 and 0.48 < max(shares) < 0.502
+    assert 0.498 < min(aspects) < 0.54 and 1.85 < max(aspects) < 2.01
+    assert sum(aspect < 1 for aspect in aspects) == pytest.approx(150, abs=40)  # uniform in the logarithm
+    assert random_resized_crop((1000, 10), (0.9, 1.0), (3 / 4, 4 / 3), Random(0)) == (493, 0, 506, 10)
+
+
+# Words.
+
+
+@pytest.mark.parametrize(
+    ("text", "swapped"),
+    [
+        ("the man left of the dog", "the man right of the dog"),
+        ("the leftmost and the RIGHT one", "the rightmost and the LEFT one"),
+        ("Right-hand side, bright light", "Left-hand side, bright light"),
+        ("leftover copyright on the right.", "leftover copyright on the left."),
+        ("a left, a right", "a right, a left"),
+    ],
+)
+def test_sides_are_swapped_as_whole_words(text, swapped):
+    assert swap_sides(text) == swapped
+    assert swap_sides(swapped) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "texts", "after", "flipped"),
+    [
+        ("swap", ["left eye", "bright"], ["right eye", "bright"], True),
+        ("ignore", ["left eye", "bright"], ["left eye", "bright"], True),
+        ("skip", ["left eye", "bright"], ["left eye", "bright"], False),
+        ("skip", ["an eye", "bright"], ["an eye", "bright"], True),
+    ],
+)
+def test_flips_and_words(words, texts, after, flipped):
+    image = draw_box(40, 30, (0, 0, 10, 30))
+    config = AugmentConfig(crop="none", hflip=1.0, flip_words=words, randaugment="none")
+    seen = augment(image, torch.zeros(0, 4), texts, None, config, (30, 40), Random(0))
+    assert seen.texts == after
+    assert find_box(seen.image).tolist() == ([30, 0, 40, 30] if flipped else [0, 0, 10, 30])
+    still = config.model_copy(update={"hflip": 0.0})
+    assert augment(image, torch.zeros(0, 4), texts, None, still, (30, 40), Random(0)).texts == texts
+
+
+def test_words_and_pixels_flip_together():
+    config = AugmentConfig(crop="none", randaugment="none")
+    sides = set()
+    for seed in range(20):
+        seen = augment(
+            draw_box(40, 30, (0, 0, 10, 30)), torch.zeros(0, 4), ["left"], None, config, (30, 40), Random(seed)
+        )
+        sides.add((seen.texts[0], int(find_box(seen.image)[0])))
+    assert sides == {("left", 0), ("right", 30)}
+
+
+def test_configuration_is_strict():
+    with pytest.raises(ValidationError, match="hflp"):
+        AugmentConfig(hflp=0.1)
+    with pytest.raises(ValidationError, match="crop"):
+        AugmentConfig(crop="centre")
+
+
+# Images.
+
+
+def noise(width: int, height: int, kind: str = "PNG", **options) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_pixel_values_are_resized_and_normalised():
+    config = ProcessorConfig(image_size=(8, 12), mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
+    processor = Processor.from_vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], config)
+    image = decode_image(noise(30, 20))
+    resized = np.array(image.resize((12, 8), Image.Resampling.BICUBIC)) / 255
+    expected = (resized - np.array(config.mean)) / np.array(config.std)
+    assert np.abs(processor.pixel_values(image).numpy() - expected.transpose(2, 0, 1)).max() < 1e-6
+    assert ProcessorConfig(image_size=32).image_size == (32, 32)
+    with pytest.raises(ValidationError, match="image_size"):
+        ProcessorConfig(image_size=0)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_kind_of_image_becomes_rgb(mode):
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode).save(file, "TIFF")
+    image = decode_image(file.getvalue())
+    assert (image.mode, image.size, image.getpixel((2, 2))) == ("RGB", (5, 4), (255, 255, 255))
+
+
+def test_orientation_is_left_alone():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    assert decode_image(noise(30, 20, "JPEG", exif=exif)).size == (30, 20)
+
+
+def claim_size(png: bytes, width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "cannot identify"),
+        (b"\xff\xd8\xff no jpeg", "cannot identify"),
+        (noise(40, 40, "JPEG")[:700], "truncated"),
+        (noise(40, 40)[:-300], "truncated"),
+        (claim_size(noise(4, 4), 10001, 10000), "10001x10000"),
+        (claim_size(noise(4, 4), 40000, 40000), "pixels"),
+    ],
+)
+def test_images_that_cannot_be_decoded_say_why(data, reason):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=rf"\({len(data)} bytes\).*{reason}"):
+            decode_image(data)
