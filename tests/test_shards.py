@@ -200,3 +200,8 @@ def test_an_epoch_is_every_sample_once_window_by_window(sizes, window, seed, epo
 def test_epochs_and_seeds_differ():
     orders = [epoch_order([10] * 10, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
+
+
+def test_shards_are_shuffled_too():
+    first = {int(epoch_order([10] * 10, 0, epoch, window=1)[0]) // 10 for epoch in range(40)}
+    assert len(first) > 5

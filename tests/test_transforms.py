@@ -85,6 +85,14 @@ def test_the_box_follows_what_moves_pixels(seed, box_xyxy):
     assert found[0] >= left - 1.5 and found[1] >= top - 1.5 and found[2] <= right + 1.5 and found[3] <= bottom + 1.5
 
 
+def test_a_box_that_is_moved_out_of_the_image_is_dropped():
+    config = AugmentConfig(crop="none", hflip=0.0, randaugment="full")
+    edge = torch.tensor([[0.0, 20.0, 10.0, 40.0], [30.0, 20.0, 40.0, 40.0]])
+    seen = [augment(Image.new("RGB", (96, 64)), edge, [], 0, config, SIZE, Random(seed)) for seed in range(60)]
+    assert {tuple(one.kept) for one in seen} == {(0, 1), (1,)}
+    assert any((one.boxes_xywh[-1] - torch.tensor([30, 20, 10, 20])).abs().max() > 5 for one in seen)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", transforms.MOVING)
 def test_one_movement_moves_the_box_tightly(name, sign):

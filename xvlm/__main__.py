@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from xvlm import hub
-from xvlm.config import ConfigError, dump_config, load_config
+from xvlm.config import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Sources of data and shards.")
@@ -102,19 +102,6 @@ def data_show(
         captions.append(record.captions[0] if record.captions else record.id)
     viz.contact_sheet(pictures, captions).save(out)
     typer.echo(str(out))
-
-
-@app.command()
-def show(
-    config: Annotated[Path, typer.Argument(help="A file in configs/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
-) -> None:
-    """Print a resolved configuration."""
-    root = Path(__file__).parents[1]
-    sys.path.insert(0, str(root))
-    from pretrain.train import PretrainRun
-
-    typer.echo(dump_config(load_config(PretrainRun, config, overrides or [])))
 
 
 def main() -> None:

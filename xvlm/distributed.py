@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 
 
 class World(NamedTuple):
@@ -29,6 +28,22 @@ def lengths(n: int, device: torch.device) -> list[int]:
     return [int(count) for count in counts]
 
 
+class _Gather(torch.autograd.Function):
+    """Equal numbers of rows of every process, concatenated; the gradient is summed over processes."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world().size)]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world().size)[world().rank]
+
+
 def gather(rows: Shaped[Tensor, "local *rest"]) -> Shaped[Tensor, "all *rest"]:
     """Rows of all processes in order of rank, with the exact gradient: what every process's loss says about the local
     rows is summed. Under an engine that averages gradients over processes, a loss computed alike on every process then
@@ -38,7 +53,7 @@ def gather(rows: Shaped[Tensor, "local *rest"]) -> Shaped[Tensor, "all *rest"]:
         return rows
     counts = lengths(len(rows), rows.device)
     padded = torch.cat([rows, rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])])
-    parts = all_gather_with_gradient(padded.contiguous())
+    parts = _Gather.apply(padded.contiguous()).chunk(len(counts))
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
