@@ -22,7 +22,7 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/accelerate launch --config_file configs/accelerate/demo.yaml \
+	ACCELERATE_USE_CPU=true $(BIN)/accelerate launch --config_file configs/accelerate/demo.yaml \
 	  pretrain/train.py configs/pretrain/demo.yaml out=$(OUT)
 
 test: $(BIN)/.installed-dev

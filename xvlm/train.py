@@ -49,6 +49,7 @@ class Interrupted(Exception):
 def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """Processes, device and precision; a run that alternates leaves the box head out of some updates."""
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(out)),
