@@ -221,6 +221,17 @@ def test_targets_are_the_boxes_in_shares_of_the_image(folders, processor):
         assert not batch.regions.whole.all()
 
 
+def test_texts_about_a_flipped_image_say_so(tmp_path, processor):
+    record, image = made(0)
+    regions = [Region(box_xyxy=record.regions[0].box_xyxy, descriptions=["the left square"])]
+    write_shards([(record.model_copy(update={"regions": regions}), image)], tmp_path / "s", progress=False)
+    config = stream([tmp_path / "s"], images=1, kinds=["region"], with_caption=False, augment=STILL | {"hflip": 1.0})
+    (batch,) = batches(config, processor, 1)
+    assert said(batch) == ["the right square"]
+    right = 32 / 60 * regions[0].box_xyxy[2]
+    assert batch.regions.boxes_xywh[0, 0].item() == pytest.approx(32 - right)
+
+
 def test_the_caption_takes_the_first_slot(folders, processor):
     (batch,) = batches(stream(folders, augment=STILL, max_regions=2, images=14), processor, 1)
     assert batch.regions.image.tolist() == [i for i in range(14) for _ in (0, 1)]
@@ -236,6 +247,7 @@ def test_a_cap_drops_texts_at_random_without_repeating_any(folders, processor):
     assert len(said(everything)) == 14 * 4
     assert len(said(capped)) == 20
     assert sum(capped.sources.values()) == 20
+    assert len(capped.ids) > 20 / 4  # not simply the first
     assert set(capped.regions.image.tolist()) == set(range(len(capped.ids)))  # no image without a text
     pairs = Counter(zip([capped.ids[i] for i in capped.regions.image], said(capped), strict=True))
     assert max(pairs.values()) == 1

@@ -165,7 +165,7 @@ def test_any_fast_tokenizer_will_do():
     merges = [("Ġ", "m"), ("Ġm", "a"), ("Ġma", "n")]
     split = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
     split.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    split.enable_truncation(3)
+    split.enable_truncation(2)
     split.enable_padding()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=split, cls_token="<s>", pad_token="<pad>", mask_token="<mask>", unk_token="<unk>"

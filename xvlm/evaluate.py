@@ -94,8 +94,8 @@ def _rerank(
         image, text = candidate[block[0] : block[-1] + 1].nonzero().unbind(1)
         part = _whole_images(gallery.patches[block], gallery.pooled[block], gallery.grid)
         for i, t in zip(image.split(512), text.split(512), strict=True):
-            logits = model.match(model.fuse(words.take(t), part, i))[:, 1]
-            scored.append(((i + block[0]).cpu(), t.cpu(), logits.float().cpu()))
+            logits = _match(model, words.take(t), part, i)
+            scored.append(((i + block[0]).cpu(), t.cpu(), logits.cpu()))
     scores = torch.full(candidate.shape, float("-inf"))
     for image, text, logits in (row for rows in distributed.gather_objects(scored) for row in rows):
         scores[image, text] = logits
@@ -191,7 +191,7 @@ def region_matching(
         concepts = model.encode_image(images.to(device), regions.to(device))
         words = _encode_texts(model, processor, [region.descriptions[0] for _, region in boxed])
         region, text = (image[:, None] == image[None]).nonzero().to(device).unbind(1)
-        logits = model.match(model.fuse(words.take(text), concepts, len(images) + region))[:, 1].float().cpu()
+        logits = _match(model, words.take(text), concepts, len(images) + region).cpu()
         counts = image.unique_consecutive(return_counts=True)[1].tolist()
         tables += [part.view(n, n) for part, n in zip(logits.split([n * n for n in counts]), counts, strict=True)]
     return metrics.choice_accuracy([table for rows in distributed.gather_objects(tables) for table in rows])
@@ -205,6 +205,13 @@ def regions_of(normalised_xyxy: Float[Tensor, "text 4"], image: Int[Tensor, "tex
 
 
 # Shared.
+
+
+def _match(model: XVLM, words: Words, concepts: Concepts, about: Int[Tensor, "text"]) -> Float[Tensor, "text"]:
+    """Matching logit of each text with a concept; only the [CLS] is carried through the last layer."""
+    first = torch.zeros_like(words.mask)
+    first[:, 0] = True
+    return model.match(model.fuse(words, concepts, about, only=first))[:, 1].float()
 
 
 def concatenate(words: Sequence[Words]) -> Words:
