@@ -1,5 +1,6 @@
 """The ``xvlm`` command."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,31 @@ def ground(
     labels = [f"{phrase} {each.presence:.2f}" for phrase, each in zip(phrases, found, strict=True)]
     viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), labels).save(out)
     typer.echo(str(out))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
+    folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
+    half: Annotated[bool, typer.Option(help="Store float16: half the size.")] = False,
+) -> None:
+    """Write a run's model as a folder to share: weights, processor, and a card of how it was made and what it scores."""
+    import torch
+
+    from xvlm.data.processor import Processor
+    from xvlm.models.xvlm import XVLM
+
+    results = json.loads((run / "results.json").read_text())
+    model = XVLM.from_pretrained(run / "model")
+    model.save_pretrained(folder, dtype=torch.float16 if half else torch.float32)
+    Processor.from_pretrained(run / "model").save_pretrained(folder)
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    parameters = sum(p.numel() for p in model.parameters())
+    about = f"{parameters:,} parameters, {size:.1f} MB ({'float16' if half else 'float32'})."
+    hub.write_atomically(
+        folder / "README.md", hub.model_card(folder.name, about, results, (run / "config.yaml").read_text())
+    )
+    typer.echo(f"{folder}: {about}")
 
 
 @data.command("pack")

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,6 +59,51 @@ def _from_hub(name: str) -> Path:
             f"{name}: no such folder here, not among the shipped weights ({', '.join(shipped()) or 'none'}), "
             f"and the hub did not give it: {error}"
         ) from None
+
+
+def model_card(name: str, about: str, results: Mapping[str, object], config: str) -> str:
+    """A README for a folder of weights: what it is, what it scores, how it was made.
+
+    Args:
+        results: a run's ``results.json``: facts, and numbers under ``slice/stage/measure``.
+        config: the run's configuration, YAML.
+    """
+    facts = [f"| {key} | {value} |" for key, value in results.items() if "/" not in key]
+    scores = [
+        f"| {key.replace('/trained/', ' | ')} | {value:.3f} |"
+        for key, value in results.items()
+        if "/trained/" in key and "chance" not in key and isinstance(value, float)
+    ]
+    return _CARD.format(name=name, about=about, facts="\n".join(facts), scores="\n".join(scores), config=config.strip())
+
+
+_CARD = """# {name}
+
+{about} A multi-grained vision-language model (X-VLM, arXiv 2111.08276) for the xvlm library:
+
+    from xvlm import XVLM, Processor
+    model, processor = XVLM.from_pretrained("{name}"), Processor.from_pretrained("{name}")
+
+## How it was made
+
+`accelerate launch pretrain/train.py` with the configuration below, then `xvlm export`.
+
+| | |
+| --- | --- |
+{facts}
+
+## What it scores, on held-out records
+
+| slice | measure | value |
+| --- | --- | --- |
+{scores}
+
+## Configuration
+
+```yaml
+{config}
+```
+"""
 
 
 @contextmanager

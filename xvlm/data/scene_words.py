@@ -1,11 +1,11 @@
-"""The words for what is drawn, where things lie, and when a word holds of them.
+"""The words and frames of sentences about scenes, where things lie, and when a word holds of them.
 
 A predicate (:func:`matches`, :func:`relation_holds`, :func:`zone_holds`, :func:`is_extreme`) answers None where a
 person might argue.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +61,67 @@ SUPERLATIVES = {
     "top": ("topmost", "highest"),
     "bottom": ("bottommost", "lowest"),
 }
+
+
+FRAMES = {
+    "complete": (
+        "{things}",
+        "there is {things}",
+        "a picture of {things}",
+        "an image with {things}",
+        "this picture shows {things}",
+        "we see {things}",
+        "a scene with {things}",
+        "here is {things}",
+    ),
+    "partial": ("{things}", "a picture with {things}", "one can see {things}", "the image contains {things}"),
+    "counting": (
+        "there are {total} objects, {count} of them {value}",
+        "{total} objects, {count} of them {value}",
+        "a picture of {total} things, {count} of which {be} {value}",
+    ),
+    "exactly": (
+        "exactly {count} {things}",
+        "there {be} {count} {things} in the picture",
+        "an image with {count} {things}",
+    ),
+    "negation": (
+        "a scene without any {absent}",
+        "there is no {absent} here",
+        "{present} but no {absent}",
+        "an image without {a_absent}",
+    ),
+    "relation": ("{subject} is {relation} {anchor}", "a scene where {subject} is {relation} {anchor}"),
+    "extreme": ("{subject} is {thing}", "in this picture {subject} is {thing}"),
+    "group": ("the {count} {things}", "all {count} {things}"),
+    "pair": ("the two {things}", "both {things}"),
+    "adjectives": ("the {noun} that is {adjectives}",),
+    "colour": ("what colour is {subject}", "which colour does {subject} have"),
+    "shape": ("what shape is {subject}", "what kind of shape is {subject}"),
+    "size": ("what size is {subject}", "how big is {subject}"),
+    "texture": ("what pattern does {subject} have", "which pattern is on {subject}"),
+    "where": ("where is {subject}", "where in the picture is {subject}"),
+    "count": ("how many {things} are there", "how many {things} does the picture show"),
+    "exists": ("is there {a_thing}", "does the picture show {a_thing}", "can you see {a_thing}"),
+    "attribute": ("is {subject} {value}",),
+    "related": ("is {subject} {relation} {anchor}",),
+    "answers": ("yes", "no"),
+    "joints": ("a", "an", "the", "it", "and"),
+}
+
+Judge = Callable[[int, int, int], bool]
+
+# Sentences about two images; the judges are given the counts on the left and right and the number named, if any.
+COMPARISONS: tuple[tuple[str, Judge], ...] = (
+    ("the left image has more {things} than the right one", lambda left, right, number: left > right),
+    ("there are fewer {things} in the left image than in the right one", lambda left, right, number: left < right),
+    ("both images have the same number of {things}", lambda left, right, number: left == right),
+    ("both images contain {a_thing}", lambda left, right, number: left > 0 and right > 0),
+    ("neither image contains {a_thing}", lambda left, right, number: left == right == 0),
+    ("only the left image contains {a_thing}", lambda left, right, number: left > 0 and right == 0),
+    ("only the right image contains {a_thing}", lambda left, right, number: left == 0 and right > 0),
+    ("the two images show {number} {things} in total", lambda left, right, number: left + right == number),
+)
 
 
 class Attributes(NamedTuple):
