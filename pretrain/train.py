@@ -48,8 +48,10 @@ def main(arguments: list[str]) -> None:
     flags = {word for word in arguments if word.startswith("--")}
     if unknown := flags - {"--show", "--dry-run"}:
         raise ConfigError(f"unknown option {sorted(unknown)[0]}; there are --show and --dry-run, all else is key=value")
-    path, *overrides = [word for word in arguments if word not in flags]
-    config = load_config(PretrainRun, path, overrides)
+    words = [word for word in arguments if word not in flags]
+    if not words:
+        raise ConfigError("which configuration? For example configs/pretrain/demo.yaml")
+    config = load_config(PretrainRun, words[0], words[1:])
     if "--show" in flags:
         print(dump_config(config))
         return

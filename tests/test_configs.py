@@ -123,5 +123,21 @@ def test_a_killed_run_continues_with_the_same_command(tmp_path):
     overrides += [f"evaluation.slices.{name}.shards={shards}/test" for name in ("seen", "unseen")]
     overrides += ["evaluation.gallery=4", "evaluation.grounding=4"]
 
-    killed = start(DEMO, *overrides, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) if False else None
-    assert killed is None
+    first = start(DEMO, *overrides)
+    deadline = time.monotonic() + 200
+    # Until the log is ahead of the state, so that a step is done and logged twice.
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 3:
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline, "the run does not get to its third step"
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert (out / "state/00000002").exists()
+    assert not (out / "results.json").exists()
+
+    finish(start(DEMO, *overrides))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert (out / "state/00000004/state.pt").exists()
+    assert json.loads((out / "results.json").read_text())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -13,6 +13,7 @@ from xvlm.data.processor import Processor
 from xvlm.types import Concepts, Grounded, Texts
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way of grounding: a task's box head, for one. Boxes are ``xyxy`` normalised to the image."""
 

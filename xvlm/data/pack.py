@@ -36,7 +36,7 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
         folder = config.out / split
         if not (folder / "index.json").exists():
             bar = tqdm(read(config, split, limit), desc=f"packing {split}", unit="record", total=limit)
-            write_shards(bar, folder, description={"reader": config.reader, "split": split}, progress=False)
+            write_shards(iter(bar), folder, description={"reader": config.reader, "split": split}, progress=False)
         packed[split] = Shards(folder)
     return packed
 

@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from xvlm import hub
 from xvlm.config import Configured, load_config
 from xvlm.data.words import clean_caption
 from xvlm.types import Texts
@@ -104,13 +105,14 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "Processor":
-        """What :meth:`save_pretrained` wrote.
+        """What :meth:`save_pretrained` wrote, by path, shipped name or hub name (see :func:`xvlm.hub.locate`).
 
         Raises:
             ConfigError: no ``processor.json``, or one with unknown or wrong fields.
             FileNotFoundError: no tokenizer beside it.
         """
-        return cls.from_tokenizer(folder, load_config(ProcessorConfig, Path(folder) / FILE))
+        folder = hub.locate(folder)
+        return cls.from_tokenizer(folder, load_config(ProcessorConfig, folder / FILE))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write ``processor.json`` and the tokenizer's files."""

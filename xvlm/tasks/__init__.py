@@ -1,0 +1,3 @@
+"""What a model is trained for, one file each."""
+
+from xvlm.tasks import pretraining as pretraining
