@@ -26,7 +26,7 @@ def contrastive(
         same: a number per pair; pairs with equal numbers are all positives of each other, sharing the target evenly
             (X-VLM's ``idx``). Without it only the diagonal is.
     """
-    image, text = distributed.gather(image), distributed.gather(text)
+    image, text = distributed.gather(torch.cat([image, text], 1)).chunk(2, 1)  # one trip between processes, not two
     logits = image @ text.T / temperature
     if same is None:
         target = torch.arange(len(logits), device=logits.device)

@@ -130,7 +130,7 @@ def fit(
             rate = log.step(step, lr, bar)
             bar.update()
             bar.set_postfix_str(rate, refresh=False)
-            stopping = stop.requested()
+            stopping = stop.due(step) and stop.requested()
             if step % config.save_every == 0 or step == config.steps or stopping:
                 _save(out, step, positions, accelerator.unwrap_model(model), optimizer, config.keep)
             if stopping and step < config.steps:
@@ -291,6 +291,10 @@ class _StopRequest:
     def requested(self) -> bool:
         """Whether any process was asked: all of them leave after the same step."""
         return any(distributed.gather_objects(self.signalled))
+
+    def due(self, step: int) -> bool:
+        """Whether to ask: several processes talk about it every tenth step only, because each time they all wait."""
+        return distributed.world().size == 1 or step % 10 == 0
 
 
 def _flat(values, prefix: str = "") -> dict[str, object]:

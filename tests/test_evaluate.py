@@ -1,0 +1,94 @@
+"""Evaluation protocols against brute force, on a few scenes and an untrained model."""
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from xvlm import boxes, evaluate, probe
+from xvlm.data import scenes
+from xvlm.data.pretrain import records
+from xvlm.data.processor import Processor, ProcessorConfig
+from xvlm.data.shards import Shards, write_shards
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, its processor, and shards of eight scenes."""
+    folder = tmp_path_factory.mktemp("shards") / "test"
+    write_shards(scenes.samples(scenes.SceneConfig(size=32), "test", 8), folder, progress=False)
+    words = scenes.vocabulary()
+    text = tiny.TEXT.model_copy(update={"vocab_size": len(words), "max_positions": 40})
+    model = tiny.model(tiny.CONFIG.model_copy(update={"text": text}))
+    return model, Processor.from_vocabulary(words, ProcessorConfig(image_size=32)), Shards(folder)
+
+
+def test_retrieval_scores_are_the_matching_logits(world):
+    model, processor, shards = world
+    found = evaluate.retrieval(model, processor, shards, range(8), captions=2, top_k=99, batch_size=3)
+    assert found.indices == list(range(8)) and found.text_image.tolist() == [i for i in range(8) for _ in range(2)]
+    (some, images), *_ = list(records(shards, processor, range(8), 8))
+    assert found.texts == [caption for record in some for caption in record.captions[:2]]
+    with torch.inference_mode():
+        concepts = model.encode_image(images)
+        for column, text in enumerate(found.texts):
+            words = model.encode_text(processor.texts([text] * 8))
+            expected = model.match(model.fuse(words, concepts, torch.arange(8)))[:, 1]
+            torch.testing.assert_close(found.scores[:, column], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_only_candidates_are_scored(world):
+    model, processor, shards = world
+    found = evaluate.retrieval(model, processor, shards, range(8), top_k=2)
+    scored = found.scores > -math.inf
+    assert (scored.sum(0) >= 2).all() and (scored.sum(1) >= 2).all() and not scored.all()
+
+
+def test_grounding_asks_every_expression_once_and_answers_in_pixels(world):
+    model, processor, shards = world
+    answered = evaluate.grounding(model, processor, shards, range(8), batch_size=3)
+    wanted = [e.text for i in range(8) for e in shards.read(i)[0].expressions if e.box_xyxy]
+    assert [query.text for query in answered] == wanted
+    (some, images), *_ = list(records(shards, processor, [answered[0].index], 1))
+    with torch.inference_mode():
+        words = model.encode_text(processor.texts([answered[0].text]))
+        box = model.locate(model.fuse(words, model.encode_image(images), torch.tensor([0])))
+    expected = boxes.cxcywh_to_xyxy(box).clamp(0, 1)[0] * some[0].width
+    torch.testing.assert_close(torch.tensor(answered[0].predicted_xyxy), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_right_answers_score_one(world):
+    model, processor, shards = world
+    answered = evaluate.grounding(model, processor, shards, range(8))
+    right = [evaluate.replace(query, predicted_xyxy=query.boxes_xyxy[0]) for query in answered]
+    numbers = evaluate.grounding_numbers(right)
+    assert (numbers["any_box_acc"], numbers["merged_box_acc"], numbers["mean_iou"]) == (1.0, 1.0, pytest.approx(1.0))
+    assert numbers["phrases"] == len(answered)
+
+
+def test_region_matching_of_an_untrained_model_reports_chance(world):
+    model, processor, shards = world
+    numbers = evaluate.region_matching(model, processor, shards, range(8), batch_size=3)
+    counts = [len(shards.read(i)[0].regions) for i in range(8)]
+    assert min(counts) > 1 and numbers["chance"] == pytest.approx(len(counts) / sum(counts))
+    assert 0 <= numbers["region_to_text"] <= 1
+
+
+def test_probe_numbers_and_report(world, tmp_path):
+    model, processor, shards = world
+    where = probe.Slice(shards=shards.files[0].parent, tag="unseen")
+    config = probe.ProbeConfig(slices={"unseen": where}, gallery=4, top_k=2)
+    numbers, answered = probe.probe(model, processor, config)
+    assert {query.index % 2 for query in answered["unseen"]} == {1}  # every second test scene is an unseen one
+    assert numbers["unseen"]["chance_text_to_image_r1"] == 0.25
+    assert numbers["unseen"]["chance_image_to_text_r5"] == 1.0
+    made = probe.write(tmp_path, "a title", numbers, numbers, answered, config, probe.facts(7, 1.5))
+    assert [row[0] for row in made[0].rows] == list(probe.MEASURES.values())
+    text = (tmp_path / "results.json").read_text()
+    assert '"seed": 7' in text and '"unseen/trained/any_box_acc"' in text and '"unseen/untrained/mean_iou"' in text
+    assert "a title" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match=r"no record in .* has the tag 'nonesuch'"):
+        probe.probe(
+            model, processor, config.model_copy(update={"slices": {"x": where.model_copy(update={"tag": "nonesuch"})}})
+        )
