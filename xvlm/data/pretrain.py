@@ -32,7 +32,7 @@ from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch, Masked, Regions
 
 Grain = Literal["caption", "region"]
-Kind = Literal["region", "object", "phrase"]
+Kind = Literal["region", "object", "phrase", "expression"]
 Count = Annotated[int, Field(ge=1)]
 
 SHARE_NEEDS = 200  # samples before the share of skipped ones says anything
@@ -51,7 +51,7 @@ class StreamConfig(Configured):
     max_texts: Count | None = None  # of an update, over all processes; more are dropped at random
     with_caption: bool = True  # in a region stream: a caption about the whole image too, where there is one
     captions: Literal["any", "first"] = "any"  # which of a record's captions; the first of a scene is complete
-    kinds: Annotated[list[Kind], Field(min_length=1)] = ["region", "object", "phrase"]
+    kinds: Annotated[list[Kind], Field(min_length=1)] = ["region", "object", "phrase", "expression"]
     # adjectives before an object's label: one at random (X-VLM), all, or each with probability 1/2
     attributes: Literal["one", "all", "some"] = "one"
     augment: AugmentConfig = AugmentConfig()
@@ -181,7 +181,7 @@ def read_image(shards: Shards, i: int) -> tuple[Record, Image.Image]:
 def mentions(
     record: Record, kinds: Sequence[Kind], attributes: Literal["one", "all", "some"], rng: Random
 ) -> list[tuple[str, Box]]:
-    """Texts about parts of an image with their boxes (``xyxy``): one per region, object and phrase that has a box."""
+    """Texts about parts of an image with their boxes (``xyxy``): one per region, object, phrase and expression that has one."""
     found: list[tuple[str, Box]] = []
     if "region" in kinds:
         found += [(rng.choice(region.descriptions), region.box_xyxy) for region in record.regions]
@@ -193,6 +193,8 @@ def mentions(
                 text = record.captions[phrase.caption][phrase.start : phrase.end]
                 around = merge(torch.tensor(phrase.boxes_xyxy, dtype=torch.float64)).tolist()
                 found.append((text, tuple(around)))
+    if "expression" in kinds:
+        found += [(said.text, said.box_xyxy) for said in record.expressions if said.box_xyxy is not None]
     return found
 
 
