@@ -181,7 +181,7 @@ def read_image(shards: Shards, i: int) -> tuple[Record, Image.Image]:
 def mentions(
     record: Record, kinds: Sequence[Kind], attributes: Literal["one", "all", "some"], rng: Random
 ) -> list[tuple[str, Box]]:
-    """Texts about parts of an image with their boxes (``xyxy``): one per region, object, phrase and expression that has one."""
+    """Texts about parts of an image with their boxes (``xyxy``): a region, object, phrase or expression each."""
     found: list[tuple[str, Box]] = []
     if "region" in kinds:
         found += [(rng.choice(region.descriptions), region.box_xyxy) for region in record.regions]
