@@ -98,6 +98,8 @@ def make_processor(config: PretrainRun) -> Processor:
 
 def untrained(config: PretrainRun, model: XVLM, processor: Processor) -> dict[str, probe.Numbers]:
     """The numbers of the model as it starts; kept in the run folder, for a run that is continued."""
+    if not config.evaluation.untrained:
+        return {}
     file = config.out / "untrained.json"
     if file.exists():
         return json.loads(file.read_text())

@@ -33,6 +33,7 @@ class ProbeConfig(Configured):
     captions: int = 1  # captions per image that take part
     top_k: int = 16  # candidates the matching head re-ranks
     grounding: int = 200  # records whose phrases are asked for
+    untrained: bool = True  # also measure the model as it starts
 
 
 def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[str, Numbers], dict[str, list]]:
@@ -104,7 +105,7 @@ def tables(before: dict[str, Numbers], after: dict[str, Numbers]) -> list[report
     for name, numbers in after.items():
         chance = {key: numbers[f"chance_{key}"] for key in MEASURES if f"chance_{key}" in numbers}
         rows = [
-            [label, f"{before[name][key]:.3f}", f"{numbers[key]:.3f}", f"{chance[key]:.3f}"]
+            [label, *(f"{row[key]:.3f}" if row else "-" for row in (before.get(name), numbers, chance))]
             for key, label in MEASURES.items()
             if key in numbers
         ]
