@@ -170,3 +170,11 @@ def test_half_precision_folders(tmp_path):
 def test_an_unknown_name_lists_what_there_is():
     with pytest.raises(FileNotFoundError, match="no such folder; shipped weights"):
         XVLM.from_pretrained("xvlm-nonesuch")
+
+
+def test_mean_pooled_texts():
+    model, batch = tiny.model(tiny.CONFIG.model_copy(update={"text_pooling": "mean"})), tiny.batch()
+    words = model.encode_text(batch.texts)
+    expected = torch.stack([row[mask].mean(0) for row, mask in zip(words.padded(), words.mask, strict=True)])
+    torch.testing.assert_close(words.mean, expected)
+    torch.testing.assert_close(model.embed_text(words), torch.nn.functional.normalize(model.text_projection(expected)))

@@ -113,6 +113,7 @@ def replacing(path: Path) -> Iterator[Path]:
     yield unfinished
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
+    unfinished.chmod(0o644)  # some writers make files that only their owner can read
     unfinished.replace(path)
 
 

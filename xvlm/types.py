@@ -96,6 +96,13 @@ class Words(Movable):
         """State of each text's first stored word, [CLS]."""
         return self.states.index_select(0, self.starts)
 
+    @property
+    def mean(self) -> Float[Tensor, "text dim"]:
+        """Mean state of each text's stored words, in float32."""
+        text = self.mask.nonzero()[:, 0]
+        total = torch.zeros(len(self.mask), self.states.shape[-1], device=self.states.device)
+        return total.index_add_(0, text, self.states.float()) / self.mask.sum(1, keepdim=True)
+
     def padded(self) -> Float[Tensor, "text word dim"]:
         """States in the padded layout, zeros on padding."""
         out = self.states.new_zeros(*self.mask.shape, self.states.shape[-1])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ class XVLMConfig(Configured):
     text: TextConfig = TextConfig()
     embed_dim: int = 256  # of the space in which images and texts are compared
     temperature: float = 0.07
+    # What of a text is embedded: its [CLS], as X-VLM does, or the mean of its words, for encoders that were trained so
+    # (MiniLM and other sentence encoders, whose [CLS] is nearly the same for every text).
+    text_pooling: Literal["first", "mean"] = "first"
 
 
 class Head(nn.Sequential):
@@ -107,8 +111,9 @@ class XVLM(nn.Module):
         return F.normalize(self.image_projection(concepts.pooled), dim=-1)
 
     def embed_text(self, words: Words) -> Float[Tensor, "text embed"]:
-        """Unit vectors of texts (their [CLS])."""
-        return F.normalize(self.text_projection(words.first), dim=-1)
+        """Unit vectors of texts."""
+        pooled = words.first if self.config.text_pooling == "first" else words.mean
+        return F.normalize(self.text_projection(pooled), dim=-1)
 
     def match(self, fused: Words) -> Float[Tensor, "text 2"]:
         """Logits that text and concept do not (0) or do (1) belong together."""
