@@ -25,7 +25,7 @@ SHOWN = ("text_to_image_r1", "image_to_text_r1", "any_box_acc", "mean_iou", "reg
 
 
 def main(arguments: list[str]) -> None:
-    config, *overrides = arguments or ["configs/pretrain/ablation.yaml"]
+    config, *overrides = arguments or [str(Path(__file__).parents[1] / "configs/pretrain/ablation.yaml")]
     named = dict(override.split("=", 1) for override in overrides)
     out = Path(named.pop("out", "runs/ablation"))
     given = [f"{key}={value}" for key, value in named.items()]
@@ -37,7 +37,13 @@ def main(arguments: list[str]) -> None:
     def train(run: tuple[str, int]) -> None:
         variant, seed = run
         if not (runs[run] / "results.json").exists():
-            command = [sys.executable, "pretrain/train.py", config, f"out={runs[run]}", f"train.seed={seed}"]
+            command = [
+                sys.executable,
+                str(Path(__file__).with_name("train.py")),
+                config,
+                f"out={runs[run]}",
+                f"train.seed={seed}",
+            ]
             print(f"{variant}, seed {seed}: {runs[run]}", flush=True)
             runs[run].parent.mkdir(parents=True, exist_ok=True)
             with runs[run].with_suffix(".txt").open("w") as log:

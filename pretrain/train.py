@@ -10,6 +10,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -36,7 +37,7 @@ class PretrainRun(Configured):
     processor: ProcessorConfig = ProcessorConfig()
     model: XVLMConfig
     init: InitConfig = InitConfig()
-    streams: dict[str, pretrain.StreamConfig | None]  # null: left out
+    streams: dict[Literal["caption", "region"], pretrain.StreamConfig | None]  # null: left out
     masking: WordMasking = WordMasking()
     task: PretrainingConfig = PretrainingConfig()
     optim: OptimConfig = OptimConfig()
@@ -55,16 +56,14 @@ def main(arguments: list[str]) -> None:
     if "--show" in flags:
         print(dump_config(config))
         return
-    run(dry(config) if "--dry-run" in flags else config)
+    run(config, dry_run="--dry-run" in flags)
 
 
-def run(config: PretrainRun) -> None:
+def run(config: PretrainRun, *, dry_run: bool = False) -> None:
+    accelerator = train.make_accelerator(config.train, config.out, all_heads=uses_all_heads(config))
+    config = dry(config) if dry_run else config
     started = time.time() - train.seconds_so_far(config.out)
-    accelerator = train.make_accelerator(config.train, config.out)
-    with distributed.main_first():
-        train.claim(config.out, config)
-        if config.corpus is not None:
-            pack(config.corpus)
+    distributed.main_first(partial(prepare, config))
     torch.manual_seed(config.train.seed)
     processor = make_processor(config)
     model, fresh = initial_model(config.model, config.init)
@@ -80,20 +79,43 @@ def run(config: PretrainRun) -> None:
     task = Task(config.task, model)
     fresh = [f"model.{name}" for name in fresh]
     train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh)
-    after, answered = probe.probe(model, processor, config.evaluation)
     if world.rank == 0:
         model.save_pretrained(config.out / "model")
         processor.save_pretrained(config.out / "model")
-        about = probe.facts(config.train.seed, (time.time() - started) / 60)
+    after, answered = probe.probe(model, processor, config.evaluation)
+    if world.rank == 0:
+        about = probe.facts(config.train.seed, (time.time() - started) / 60, accelerator.device)
         for table in probe.write(config.out, config.title, before, after, answered, config.evaluation, about):
             print(f"\n{probe.as_text(table)}")
         print(f"\n{config.out / 'report.html'}")
 
 
+def prepare(config: PretrainRun) -> None:
+    """The run folder and, where there is a corpus, its shards."""
+    train.claim(config.out, config)
+    if config.corpus is not None:
+        pack(config.corpus)
+
+
+def uses_all_heads(config: PretrainRun) -> bool:
+    """Whether every update trains every head."""
+    weights = config.task.weights.model_dump().values()
+    return config.train.recipe == "joint" and all(weights) and all(config.streams.get(s) for s in ("caption", "region"))
+
+
 def make_processor(config: PretrainRun) -> Processor:
     if config.tokenizer == "scenes":
-        return Processor.from_vocabulary(scenes.vocabulary(), config.processor)
-    return Processor.from_tokenizer(hub.locate(config.tokenizer), config.processor)
+        processor = Processor.from_vocabulary(scenes.vocabulary(), config.processor)
+    else:
+        processor = Processor.from_tokenizer(hub.locate(config.tokenizer), config.processor)
+    text = config.model.text
+    if processor.vocab_size != text.vocab_size:
+        raise ConfigError(f"model.text.vocab_size is {text.vocab_size}, the tokenizer has {processor.vocab_size} words")
+    if config.processor.max_tokens > text.max_positions:
+        raise ConfigError(
+            f"processor.max_tokens is {config.processor.max_tokens}, model.text.max_positions only {text.max_positions}"
+        )
+    return processor
 
 
 def untrained(config: PretrainRun, model: XVLM, processor: Processor) -> dict[str, probe.Numbers]:
@@ -101,18 +123,18 @@ def untrained(config: PretrainRun, model: XVLM, processor: Processor) -> dict[st
     if not config.evaluation.untrained:
         return {}
     file = config.out / "untrained.json"
-    if file.exists():
-        return json.loads(file.read_text())
+    if known := distributed.gather_objects(json.loads(file.read_text()) if file.exists() else None)[0]:
+        return known
     numbers, _ = probe.probe(model, processor, config.evaluation)
     if distributed.world().rank == 0:
         hub.write_atomically(file, json.dumps(numbers, indent=2))
-    distributed.wait_for_everyone()
     return numbers
 
 
 def dry(config: PretrainRun) -> PretrainRun:
     """The same run in miniature: a few generated scenes, two steps, everything written to a temporary folder."""
-    out = Path(tempfile.mkdtemp(prefix="xvlm-dry-run-"))
+    mine = tempfile.mkdtemp(prefix="xvlm-dry-run-") if distributed.world().rank == 0 else ""
+    out = Path(distributed.gather_objects(mine)[0])
     size = config.model.vision.image_size[0]
     corpus = CorpusConfig(
         reader="scenes", out=out / "shards", splits={"train": 16, "test": 8}, scenes=scenes.SceneConfig(size=size)
@@ -132,7 +154,7 @@ def dry(config: PretrainRun) -> PretrainRun:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, FileNotFoundError, ValueError) as error:
+    except (ConfigError, ValueError, OSError, FloatingPointError, pretrain.UnusableData) as error:
         sys.exit(f"error: {error}")
     except train.Interrupted as stopped:
         sys.exit(str(stopped))

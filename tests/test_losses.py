@@ -81,5 +81,7 @@ def test_equal_words_are_the_same_text_whatever_the_padding():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]]).bool()
     same = same_texts(Texts(ids, mask))
     assert same[0] == same[3] and len(set(same.tolist())) == 3
+    reversed_relation = torch.tensor([[2, 19, 111, 60, 93, 37], [2, 93, 37, 60, 19, 111]])
+    assert len(set(same_texts(Texts(reversed_relation, reversed_relation > 0)).tolist())) == 2
     wider = same_texts(Texts(F.pad(ids, (0, 3)), F.pad(mask, (0, 3))))
     assert torch.equal(same, wider)

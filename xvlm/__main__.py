@@ -133,7 +133,7 @@ def data_show(
 def main() -> None:
     try:
         app()
-    except (ConfigError, FileNotFoundError, ValueError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,6 +1,6 @@
 """The one place that talks to other processes; everything works unchanged where there is only one."""
 
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -88,11 +88,25 @@ def wait_for_everyone() -> None:
         dist.barrier()
 
 
-@contextmanager
-def main_first():
-    """Rank 0 runs the body first, the others after it has finished (to find its files in place)."""
-    if world().rank != 0:
-        wait_for_everyone()
-    yield
+def main_first(work: Callable[[], None]) -> None:
+    """Rank 0 does the work first, then the others, who find its files in place.
+
+    What rank 0 raises ends every process: it tells the story, the others leave without a word.
+    """
+    error: Exception | None = None
     if world().rank == 0:
-        wait_for_everyone()
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+    if any(gather_objects(error is not None)):
+        raise error or SystemExit(1)
+    if world().rank != 0:
+        work()
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with rank 0's, in place."""
+    if world().size > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)

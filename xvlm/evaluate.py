@@ -1,7 +1,8 @@
 """Evaluation protocols for any model with the three verbs: retrieval, grounding, telling regions apart.
 
-Each example is scored exactly once whatever the number of processes: work is split by position over ranks and the
-results are gathered. Every protocol returns numbers and the rows they were computed from, best drawn rather than read.
+Each example is scored exactly once whatever the number of processes: pairs, phrases and regions are split over ranks
+and the results are gathered (a retrieval gallery is encoded by every rank; scoring its pairs is what costs). Every
+protocol returns numbers and the rows they were computed from, best drawn rather than read.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from xvlm import boxes, distributed, metrics
 from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor
-from xvlm.data.records import Record
+from xvlm.data.records import Record, Region
 from xvlm.data.shards import Shards
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Concepts, Regions, Words
@@ -182,7 +183,7 @@ def region_matching(
     device, size = _device(model), model.config.vision.image_size
     tables: list[Tensor] = []
     for some, images in records(shards, processor, list(indices)[world.rank :: world.size], batch_size):
-        boxed = [(i, region) for i, record in enumerate(some) if len(record.regions) > 1 for region in record.regions]
+        boxed = [(i, region) for i, record in enumerate(some) for region in _told_apart(record)]
         if not boxed:
             continue
         image = torch.tensor([i for i, _ in boxed])
@@ -195,6 +196,12 @@ def region_matching(
         counts = image.unique_consecutive(return_counts=True)[1].tolist()
         tables += [part.view(n, n) for part, n in zip(logits.split([n * n for n in counts]), counts, strict=True)]
     return metrics.choice_accuracy([table for rows in distributed.gather_objects(tables) for table in rows])
+
+
+def _told_apart(record: Record) -> list[Region]:
+    """An image's regions whose first descriptions differ; none where fewer than two are left."""
+    regions = list({region.descriptions[0].lower(): region for region in record.regions}.values())
+    return regions if len(regions) > 1 else []
 
 
 def regions_of(normalised_xyxy: Float[Tensor, "text 4"], image: Int[Tensor, "text"], size: tuple[int, int]) -> Regions:

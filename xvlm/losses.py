@@ -27,7 +27,7 @@ def contrastive(
             (X-VLM's ``idx``). Without it only the diagonal is.
     """
     image, text = distributed.gather(torch.cat([image, text], 1)).chunk(2, 1)  # one trip between processes, not two
-    logits = image @ text.T / temperature
+    logits = similarity(image, text, temperature)
     if same is None:
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -35,6 +35,14 @@ def contrastive(
     positives = (same[:, None] == same[None]).to(logits.dtype)
     target = positives / positives.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def similarity(
+    image: Float[Tensor, "image dim"], text: Float[Tensor, "text dim"], temperature: Float[Tensor, ""]
+) -> Float[Tensor, "image text"]:
+    """Dot products over the temperature, in float32 whatever the precision around: the division magnifies rounding."""
+    with torch.autocast(image.device.type, enabled=False):
+        return image.float() @ text.float().T / temperature
 
 
 @torch.no_grad()
@@ -48,7 +56,7 @@ def negative_weights(
     for image b. Softmax of the similarities plus 1e-5, forbidden entries 0 (X-VLM ``get_matching_loss``).
     """
     # Features that are not finite must not fail here: the contrastive loss then names them.
-    logits = (image @ text.T / temperature).float()
+    logits = similarity(image, text, temperature)
     wrong_image = (logits.T.softmax(1).nan_to_num() + 1e-5).masked_fill(forbidden.T, 0)
     wrong_text = (logits.softmax(1).nan_to_num() + 1e-5).masked_fill(forbidden, 0)
     return wrong_image, wrong_text

@@ -7,17 +7,21 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from PIL import Image
+from pydantic import Field
 
 from xvlm import evaluate, hub, report, train, viz
 from xvlm.config import Configured
 from xvlm.data.processor import Processor, decode_image
-from xvlm.data.shards import Shards
+from xvlm.data.shards import BrokenSample, Shards
 from xvlm.models.xvlm import XVLM
 
 Numbers = dict[str, float]
+Count = Annotated[int, Field(ge=1)]
+_CPU = torch.device("cpu")
 
 
 class Slice(Configured):
@@ -29,10 +33,10 @@ class Slice(Configured):
 
 class ProbeConfig(Configured):
     slices: dict[str, Slice] = {}
-    gallery: int = 200  # images in the retrieval gallery
-    captions: int = 1  # captions per image that take part
-    top_k: int = 16  # candidates the matching head re-ranks
-    grounding: int = 200  # records whose phrases are asked for
+    gallery: Count = 200  # images in the retrieval gallery
+    captions: Count = 1  # captions per image that take part
+    top_k: Count = 16  # candidates the matching head re-ranks
+    grounding: Count = 200  # records whose phrases are asked for
     untrained: bool = True  # also measure the model as it starts
 
 
@@ -43,7 +47,7 @@ def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[
     numbers, answered = {}, {}
     for name, part in config.slices.items():
         shards = Shards(part.shards)
-        indices = [i for i in range(len(shards)) if part.tag is None or part.tag in shards.read(i)[0].tags]
+        indices = [i for i in range(len(shards)) if part.tag is None or part.tag in _tags(shards, i)]
         if not indices:
             raise ValueError(f"evaluation.slices.{name}: no record in {part.shards} has the tag {part.tag!r}")
         gallery = indices[: config.gallery]
@@ -57,6 +61,13 @@ def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[
         }
     model.train(was_training)
     return numbers, answered
+
+
+def _tags(shards: Shards, i: int) -> list[str]:
+    try:
+        return shards.read(i)[0].tags
+    except BrokenSample:  # has no tag to be chosen by
+        return []
 
 
 def _regions(numbers: Numbers) -> Numbers:
@@ -121,14 +132,14 @@ def as_text(table: report.Table) -> str:
     return "\n".join([table.title, *lines])
 
 
-def facts(seed: int, minutes: float) -> dict[str, str | float | int]:
+def facts(seed: int, minutes: float, device: torch.device = _CPU) -> dict[str, str | float | int]:
     """Provenance: what produced these numbers."""
     return {
         "commit": commit(),
         "seed": seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor_name()}",
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "minutes": round(minutes, 2),
     }
 

@@ -12,11 +12,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,16 +30,16 @@ Open = Callable[[int], Iterator[Batch]]  # a stream of batches from the given ba
 
 
 class TrainConfig(Configured):
-    steps: int = 1000
+    steps: Annotated[int, Field(ge=1)] = 1000
     seed: int = 0
     # `alternate`: with probability `region_probability` an update on a region batch, then one on a caption batch
     # (X-VLM's Pretrain.py); `joint`: one update on both.
     recipe: Literal["alternate", "joint"] = "alternate"
     region_probability: float = 0.5
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    log_every: int = 10
-    save_every: int = 500
-    keep: int = 2  # newest states that are kept
+    log_every: Annotated[int, Field(ge=1)] = 10
+    save_every: Annotated[int, Field(ge=1)] = 500
+    keep: Annotated[int, Field(ge=1)] = 2  # newest states that are kept
     trackers: list[str] = []  # accelerate's: tensorboard, wandb, ...
 
 
@@ -46,14 +47,18 @@ class Interrupted(Exception):
     """The run was asked to stop; its state is saved."""
 
 
-def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
-    """Processes, device and precision; a run that alternates leaves the box head out of some updates."""
+def make_accelerator(config: TrainConfig, out: Path, *, all_heads: bool = False) -> Accelerator:
+    """Processes, device and precision.
+
+    Args:
+        all_heads: every update uses every parameter, so that several processes need not look for unused ones.
+    """
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+        cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not find each other
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(out)),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.recipe == "alternate")],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not all_heads)],
     )
 
 
@@ -110,7 +115,7 @@ def fit(
     log = _Log(out, accelerator, step, config)
     stop = _StopRequest()
     begun = step
-    with tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_main_process) as bar:
+    with stop, tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_main_process) as bar:
         while step < config.steps:
             seed_step(config.seed, step)
             lr = optim.lr * lr_factor(step, config.steps, optim)
@@ -136,6 +141,8 @@ def fit(
             if stopping and step < config.steps:
                 raise Interrupted(f"stopped at step {step} of {config.steps}; the same command continues")
     log.close()
+    # Each process has gathered its own running statistics; what is evaluated must be what is saved.
+    distributed.copy_from_main(task.buffers())
     return begun
 
 
@@ -281,8 +288,13 @@ class _StopRequest:
 
     def __init__(self):
         self.signalled = False
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
+
+    def __enter__(self) -> None:
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number, _frame) -> None:
         self.signalled = True

@@ -33,12 +33,24 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
     """
     packed = {}
     for split, limit in config.splits.items():
-        folder = config.out / split
-        if not (folder / "index.json").exists():
+        folder, description = config.out / split, _description(config, split, limit)
+        if (folder / "index.json").exists():
+            before = Shards(folder).description
+            if before != description:
+                raise ValueError(
+                    f"{folder} was packed from {before}, not from {description}; choose another corpus.out"
+                )
+        else:
             bar = tqdm(read(config, split, limit), desc=f"packing {split}", unit="record", total=limit)
-            write_shards(iter(bar), folder, description={"reader": config.reader, "split": split}, progress=False)
+            write_shards(iter(bar), folder, description=description, progress=False)
         packed[split] = Shards(folder)
     return packed
+
+
+def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
+    """What the shards of a split depend on, as their index keeps it."""
+    description = {"reader": config.reader, "split": split, "limit": limit}
+    return description | ({"scenes": config.scenes.model_dump(mode="json")} if config.reader == "scenes" else {})
 
 
 def read(config: CorpusConfig, split: str, limit: int | None) -> Iterator[tuple[Record, bytes]]:

@@ -41,6 +41,10 @@ NAMED = 20  # skipped samples that an error names
 logger = logging.getLogger(__name__)
 
 
+class UnusableData(RuntimeError):
+    """Too many samples cannot be used; the message names them."""
+
+
 class StreamConfig(Configured):
     """One stream of batches. Of ``augment``, a region stream has its own defaults: keep_box, colour."""
 
@@ -92,7 +96,7 @@ def loader(
     Raises:
         ValueError: ``images`` or ``max_texts`` cannot be divided among the processes.
         FileNotFoundError: see :class:`Shards`.
-        RuntimeError: (while reading) a batch without any usable sample, or too many skipped; names them.
+        UnusableData: (while reading) a batch without any usable sample, or too many skipped; names them.
     """
     for name in ("images", "max_texts"):
         if (getattr(config, name) or 0) % world:
@@ -131,11 +135,11 @@ def _watched(batches: "DataLoader[Batch | _Unusable]", max_share: float, images:
         lost += len(batch.skipped)
         named = (named + list(batch.skipped))[:NAMED]
         if seen >= SHARE_NEEDS and lost > max_share * seen:
-            raise RuntimeError(
+            raise UnusableData(
                 f"{lost} of {seen} samples were skipped, more than max_skipped_share={max_share}:\n" + "\n".join(named)
             )
         if isinstance(batch, _Unusable):
-            raise RuntimeError("no sample of a batch has a text that can be used:\n" + "\n".join(batch.skipped))
+            raise UnusableData("no sample of a batch has a text that can be used:\n" + "\n".join(batch.skipped))
         yield batch
 
 

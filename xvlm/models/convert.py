@@ -90,13 +90,16 @@ def official(state: State, text_layers: int) -> State:
 def in_order(state: State, target: State) -> State:
     """Tensors of a state dict under the names of another that lists the same shapes in the same order.
 
-    For checkpoints of the very same architecture under other names (``efficientnet_lite0`` packages).
+    For checkpoints of the very same architecture under other names (``efficientnet_lite0`` packages); a classifier that
+    follows the last tensor is left out.
 
     Raises:
         ValueError: the first place at which the two differ.
     """
     ours = {name: tensor for name, tensor in target.items() if not name.endswith("num_batches_tracked")}
     theirs = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    if len(theirs) - len(ours) not in (0, 2):  # two more at the end: a classifier's weight and bias, left out
+        raise ValueError(f"{len(theirs)} tensors do not fill the {len(ours)} of the trunk")
     converted = {name: tensor for name, tensor in target.items() if name not in ours}
     for (name, tensor), (their_name, their_tensor) in zip(ours.items(), theirs.items(), strict=False):
         if tensor.shape != their_tensor.shape:

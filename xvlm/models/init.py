@@ -44,6 +44,11 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
         loaded |= {f"vision.trunk.{name}": tensor for name, tensor in state.items()}
     if init.text is not None:
         loaded |= _text_weights(model, init.text)
+        needed = (
+            n for n, _ in model.named_parameters() if n.startswith(("text.", "cross.")) and "cross_attention" not in n
+        )
+        if missing := sorted(set(needed) - loaded.keys()):
+            raise ValueError(f"init.text {init.text} lacks {missing}")
     load_strictly(model, model.state_dict() | loaded, [init.vision, init.text])
     return model, [name for name, _ in model.named_parameters() if name not in loaded] if loaded else []
 

@@ -110,7 +110,7 @@ class Attention(nn.Module):
         return rearrange(x, "group n (head d) -> group head n d", head=self.heads)
 
     def probabilities(self, scores: Float[Tensor, "group head slot key"], visible: Bool[Tensor, "..."]) -> Tensor:
-        # Written out instead of the fused kernel: on CPU it is several times faster on short texts (see `xvlm bench`).
+        # Written out instead of the fused kernel: on CPU it is several times faster on short texts.
         scores = (scores * self.scale).masked_fill(~visible, torch.finfo(scores.dtype).min)
         return F.dropout(scores.softmax(-1), self.dropout, self.training)
 

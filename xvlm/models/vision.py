@@ -96,7 +96,8 @@ class VisionEncoder(nn.Module):
             weight = torch.where(regions.whole[:, None], weight, cover)
         # The mean is taken in float32 whatever the patches' precision: small boxes average few, large ones many.
         weight = weight / weight.sum(1, keepdim=True)
-        pooled = torch.einsum("rp,rpd->rd", weight, patches.float()[regions.image]).to(patches.dtype)
+        with torch.autocast(images.device.type, enabled=False):
+            pooled = torch.einsum("rp,rpd->rd", weight, patches.float()[regions.image]).to(patches.dtype)
         pooled = torch.where(regions.whole[:, None], whole[regions.image], pooled)
         return Concepts(
             patches,

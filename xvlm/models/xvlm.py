@@ -121,7 +121,8 @@ class XVLM(nn.Module):
 
     def locate(self, fused: Words) -> Float[Tensor, "text 4"]:
         """Box of what each text says, ``cxcywh`` normalised to the image; fuse with whole images for this."""
-        return self.box_head(fused.first).sigmoid()
+        with torch.autocast(fused.states.device.type, enabled=False):  # coordinates need more digits than bfloat16 has
+            return self.box_head(fused.first.float()).sigmoid()
 
     def guess_words(self, states: Float[Tensor, "hole dim"]) -> Float[Tensor, "hole word"]:
         """Logits over the vocabulary for hidden words."""

@@ -86,6 +86,10 @@ class Task(nn.Module):
             named |= {"box_l1": weights.box_l1 * l1, "box_giou": weights.box_giou * giou}
         return named
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.temperature.device
+
     def encode(self, images: Float[Tensor, "image 3 height width"]) -> Concepts:
         """What a grounder keeps of images, to be asked many times."""
         return self.model.encode_image(images)
@@ -139,6 +143,6 @@ def _clean_then_masked(batch: Batch) -> Texts:
 
 def same_texts(texts: Texts) -> Int[Tensor, "text"]:
     """A number per text, equal for equal words whatever the padding (a polynomial hash of the ids)."""
-    position = torch.arange(texts.ids.shape[1], device=texts.ids.device)
-    weight = (position + 1) * 6364136223846793005 + 1442695040888963407
+    multiplier = torch.full((texts.ids.shape[1],), 6364136223846793005, device=texts.ids.device)
+    weight = multiplier.cumprod(0)  # powers, modulo 2^64
     return ((texts.ids + 1) * texts.mask * weight).sum(1)
