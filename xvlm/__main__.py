@@ -59,9 +59,8 @@ def ground(
     found = grounder.predict_all(phrases)
     for phrase, each in zip(phrases, found, strict=True):
         box = " ".join(f"{edge:.0f}" for edge in each.boxes_xyxy[0].tolist())
-        typer.echo(f"{phrase}: {box}  presence {each.presence:.2f}")
-    labels = [f"{phrase} {each.presence:.2f}" for phrase, each in zip(phrases, found, strict=True)]
-    viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), labels).save(out)
+        typer.echo(f"{phrase}: {box}")
+    viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), phrases).save(out)
     typer.echo(str(out))
 
 
