@@ -49,7 +49,6 @@ def worker(rank: int, world: int, folder: str) -> None:
     mine = part(whole, range(0, 2) if rank == 0 else range(2, 5))  # unequal on purpose
     values, grads = gradients(mine, world)
     assert distributed.gather_objects(rank) == list(range(world))
-    assert distributed.first_row(rank + 1, torch.device("cpu")) == (0 if rank == 0 else 1)
     if rank == 0:
         torch.save((values, grads), f"{folder}/out.pt")
     dist.destroy_process_group()

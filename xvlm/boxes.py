@@ -6,7 +6,7 @@ A box variable says its format: ``boxes_xyxy`` (left, top, right, bottom), ``box
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -123,14 +123,3 @@ def patch_cover(
     vertical, horizontal = share(y, h, size[0] / rows, rows), share(x, w, size[1] / columns, columns)
     cover = rearrange(vertical[:, :, None] * horizontal[:, None, :], "n row column -> n (row column)")
     return torch.where(cover.sum(1, keepdim=True) > 0, cover, patch_mask(boxes_xywh, grid, size).float())
-
-
-def nms(boxes_xyxy: Float[Tensor, "n 4"], scores: Float[Tensor, "n"], threshold: float) -> Int[Tensor, "kept"]:
-    """Greedy non-maximum suppression: indices of the boxes kept, best score first."""
-    overlap = pairwise_iou(boxes_xyxy, boxes_xyxy)
-    order = scores.argsort(descending=True, stable=True).tolist()
-    kept: list[int] = []
-    for i in order:
-        if all(overlap[i, j] <= threshold for j in kept):
-            kept.append(i)
-    return torch.tensor(kept, dtype=torch.long, device=boxes_xyxy.device)

@@ -57,11 +57,6 @@ def gather(rows: Shaped[Tensor, "local *rest"]) -> Shaped[Tensor, "all *rest"]:
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def first_row(n: int, device: torch.device) -> int:
-    """Where this process's rows begin among all processes' rows (see :func:`gather`)."""
-    return sum(lengths(n, device)[: world().rank]) if world().size > 1 else 0
-
-
 def share_of_mean(count: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """The factor that turns a sum over local rows into this process's part of the mean over all processes' rows.
 

@@ -1,7 +1,6 @@
 """What travels between the parts: texts, regions, batches, image concepts, word states, groundings."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -127,9 +126,3 @@ class Grounded(Movable):
     scores: Float[Tensor, "box"]
     presence: float | None = None
     masks: Bool[Tensor, "box height width"] | None = None
-
-
-class Trainable(Protocol):
-    """What :func:`xvlm.fit` trains: a module that returns its losses by name."""
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]: ...
