@@ -18,7 +18,7 @@ from xvlm import hub, probe, report
 VARIANTS = {
     "all losses": [],
     "no box loss": ["task.weights.box_l1=0", "task.weights.box_giou=0"],
-    "no regions, no objects": ["streams.region=null"],
+    "no regions, no objects": ["streams.region.grain=caption"],
 }
 SEEDS = (0, 1, 2)
 SHOWN = ("text_to_image_r1", "image_to_text_r1", "any_box_acc", "mean_iou", "region_to_text", "text_to_region")

@@ -100,7 +100,8 @@ def prepare(config: PretrainRun) -> None:
 def uses_all_heads(config: PretrainRun) -> bool:
     """Whether every update trains every head."""
     weights = config.task.weights.model_dump().values()
-    return config.train.recipe == "joint" and all(weights) and all(config.streams.get(s) for s in ("caption", "region"))
+    grains = [stream.grain for stream in config.streams.values() if stream is not None]
+    return config.train.recipe == "joint" and all(weights) and "region" in grains
 
 
 def make_processor(config: PretrainRun) -> Processor:

@@ -11,7 +11,7 @@ from xvlm.tasks.pretraining import LossWeights, PretrainingConfig, Task
 from xvlm.types import Batch, Masked, Regions, Texts
 
 # Matching draws its negatives among the local pairs, so it depends on how pairs are spread; the others must not.
-CONFIG = PretrainingConfig(weights=LossWeights(itm=0.0), targets="same_text")
+CONFIG = PretrainingConfig(weights=LossWeights(itm=0.0), targets="known")
 
 
 def part(batch: Batch, images: range) -> Batch:

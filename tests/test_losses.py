@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from xvlm import losses
-from xvlm.tasks.pretraining import same_texts
-from xvlm.types import Texts
+from xvlm.tasks.pretraining import same_places, same_texts
+from xvlm.types import Regions, Texts
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -31,13 +31,13 @@ def test_contrastive_shares_the_target_among_positives():
         for i in range(4):
             positives = [j for j in range(4) if same[j] == same[i]]
             expected -= sum(log_p[i, j] for j in positives) / len(positives) / 8
-    torch.testing.assert_close(losses.contrastive(image, text, temperature, same), expected)
+    torch.testing.assert_close(losses.contrastive(image, text, temperature, same[:, None]), expected)
 
 
 def test_contrastive_without_repeats_is_the_diagonal():
     image, text, temperature = unit(4, 8), unit(4, 8), torch.tensor(0.07)
     plain = losses.contrastive(image, text, temperature)
-    torch.testing.assert_close(losses.contrastive(image, text, temperature, torch.arange(4)), plain)
+    torch.testing.assert_close(losses.contrastive(image, text, temperature, torch.arange(4)[:, None]), plain)
 
 
 def test_hard_negatives_are_never_forbidden_and_prefer_the_similar():
@@ -85,3 +85,21 @@ def test_equal_words_are_the_same_text_whatever_the_padding():
     assert len(set(same_texts(Texts(reversed_relation, reversed_relation > 0)).tolist())) == 2
     wider = same_texts(Texts(F.pad(ids, (0, 3)), F.pad(mask, (0, 3))))
     assert torch.equal(same, wider)
+
+
+def test_places_are_the_same_where_image_and_box_are():
+    boxes_xywh = torch.tensor([[0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 9.5], [0, 0, 9, 9]], dtype=torch.float64)
+    whole = torch.zeros(4, dtype=torch.bool)
+    same = same_places(Regions(torch.tensor([0, 0, 0, 1]), boxes_xywh, boxes_xywh, whole)).tolist()
+    assert same[0] == same[1] and len(set(same)) == 3
+
+
+def test_pairs_that_agree_in_either_way_share_the_target():
+    """Texts 0 and 1 have equal words, texts 1 and 2 are about one place; 3 stands alone."""
+    same = torch.tensor([[7, 0], [7, 1], [8, 1], [9, 2]])
+    assert losses.matches(same).int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+    features = torch.eye(4)
+    loss = losses.contrastive(features, features, torch.tensor(1.0), same)
+    log_z = torch.log(torch.tensor(3 + torch.e))
+    on_the_diagonal = torch.tensor([1 / 2, 1 / 3, 1 / 2, 1])  # of each row's target; all other logits are 0
+    torch.testing.assert_close(loss, (log_z - on_the_diagonal).mean())

@@ -133,6 +133,8 @@ def test_every_parameter_gets_a_gradient():
 def test_an_unknown_trunk_and_a_wrong_image_size_are_named():
     with pytest.raises(ValueError, match="'resnet51x' is not a timm model"):
         VisionEncoder(VisionConfig(trunk="resnet51x"))
+    with pytest.raises(ValueError, match=r"vision.options .'widht': 2. do not fit resnet18: .*'widht'"):
+        VisionEncoder(VisionConfig(trunk="resnet18", options={"widht": 2}))
     with pytest.raises(ValueError, match=r"images are \(40, 40\), the model was built for \(32, 32\)"):
         tiny.model().encode_image(torch.zeros(1, 3, 40, 40))
 

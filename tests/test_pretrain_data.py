@@ -297,6 +297,21 @@ def test_kinds_choose_what_is_read(folders, processor):
     assert set(said(batches(config, processor, 1)[0])) == {"red"}
 
 
+@pytest.mark.parametrize(("captions", "told"), [("first", {"left"}), ("any", {"left", "right", "the"}), ("all", None)])
+def test_captions_are_the_first_any_or_all_of_a_record(tmp_path, processor, captions, told):
+    """All of them come in any order, and before `max_regions` cuts; the first two texts of an image are captions."""
+    record = made(0)[0].model_copy(update={"captions": ["left", "right", "the"], "phrases": []})
+    write_shards([(record, made(0)[1])], tmp_path / "s", progress=False)
+    config = stream([tmp_path / "s"], captions=captions, images=1, max_regions=2, augment=STILL)
+    read = batches(config, processor, 40)
+    if captions == "all":
+        assert {tuple(sorted(said(batch))) for batch in read} == {("left", "right"), ("left", "the"), ("right", "the")}
+        assert all(batch.regions.whole.all() for batch in read)
+    else:
+        assert {said(batch)[0] for batch in read} == told
+        assert all(batch.regions.whole.tolist() == [True, False] for batch in read)
+
+
 # Broken samples.
 
 

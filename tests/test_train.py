@@ -53,7 +53,7 @@ def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recip
 
     with pytest.raises(KeyError):
         run(tmp_path / "cut", recipe=recipe, streams=STREAMS | {"caption": dies(STREAMS["caption"], 3)})
-    assert train.newest_state(tmp_path / "cut").name == "00000002"
+    assert train.states(tmp_path / "cut")[0].name == "00000002"
     continued = run(tmp_path / "cut", recipe=recipe)
     assert straight.keys() == continued.keys()
     for name, tensor in straight.items():
@@ -76,7 +76,7 @@ def test_a_signal_saves_and_leaves(tmp_path):
 
     with pytest.raises(train.Interrupted, match="stopped at step 3 of 6"):
         run(tmp_path / "run", streams={"caption": interrupted})
-    assert train.newest_state(tmp_path / "run").name == "00000003"
+    assert train.states(tmp_path / "run")[0].name == "00000003"
 
 
 def test_only_the_newest_states_are_kept_and_unfinished_ones_do_not_count(tmp_path):
@@ -84,7 +84,20 @@ def test_only_the_newest_states_are_kept_and_unfinished_ones_do_not_count(tmp_pa
     states = tmp_path / "run/state"
     assert sorted(p.name for p in states.iterdir()) == ["00000005", "00000006"]
     (states / ".unfinished").mkdir()
-    assert train.newest_state(tmp_path / "run").name == "00000006"
+    assert train.states(tmp_path / "run")[0].name == "00000006"
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, caplog):
+    straight = run(tmp_path / "run", save_every=2)
+    newest, before = (state / "state.pt" for state in train.states(tmp_path / "run"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    continued = run(tmp_path / "run", save_every=2)
+    assert f"{newest} cannot be read" in caplog.text
+    assert all(torch.equal(tensor, continued[name]) for name, tensor in straight.items())
+    for state in (newest, before):
+        state.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the states can be read"):
+        run(tmp_path / "run", save_every=2)
 
 
 def test_a_loss_that_is_not_finite_names_itself_and_the_records(tmp_path):

@@ -2,11 +2,14 @@
 
 Each example is scored exactly once whatever the number of processes: pairs, phrases and regions are split over ranks
 and the results are gathered (a retrieval gallery is encoded by every rank; scoring its pairs is what costs). Every
-protocol returns numbers and the rows they were computed from, best drawn rather than read.
+protocol returns numbers and the rows they were computed from, best drawn rather than read. Texts without a word take no
+part; they are counted and logged.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,10 @@ from xvlm.data.records import Record, Region
 from xvlm.data.shards import Shards
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Concepts, Regions, Words
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # Retrieval.
 
@@ -55,6 +62,9 @@ def retrieval(
     Args:
         indices: the gallery, positions in ``shards``.
         captions: how many of each record's captions take part.
+
+    Raises:
+        ValueError: there is no caption.
     """
     position = {shards.key(i): i for i in indices}
     patches, pooled, texts, text_image, gallery_indices = [], [], [], [], []
@@ -63,9 +73,12 @@ def retrieval(
         patches.append(concepts.patches)
         pooled.append(concepts.pooled)
         for record in some:
-            texts += record.captions[:captions]
-            text_image += [len(gallery_indices)] * len(record.captions[:captions])
+            told = _with_words(processor, record.captions[:captions], str, record)
+            texts += told
+            text_image += [len(gallery_indices)] * len(told)
             gallery_indices.append(position[record.id])
+    if not texts:
+        raise ValueError("retrieval: none of the records has a caption")
     gallery = _whole_images(torch.cat(patches), torch.cat(pooled), model.vision.grid)
     words = concatenate([_encode_texts(model, processor, part) for part in _chunks(texts, 256)])
     similarity = model.embed_image(gallery) @ model.embed_text(words).T
@@ -134,7 +147,11 @@ def grounding(
     answered: list[Query] = []
     for some, images in records(shards, processor, mine, batch_size):
         concepts = model.encode_image(images.to(_device(model)))
-        asked = [(i, query) for i, record in enumerate(some) for query in queries(record, position[record.id])]
+        asked = [
+            (i, query)
+            for i, record in enumerate(some)
+            for query in _with_words(processor, queries(record, position[record.id]), lambda query: query.text, record)
+        ]
         for part in _chunks(asked, 256):
             about = torch.tensor([i for i, _ in part], device=_device(model))
             fused = model.fuse(_encode_texts(model, processor, [query.text for _, query in part]), concepts, about)
@@ -177,13 +194,14 @@ def region_matching(
     """Which of an image's region descriptions fits a region, and which region a description, by the matching head.
 
     A region is seen through its own patches only (its region tokens). One description per region takes part, images
-    with fewer than two regions do not. Chance is one over the number of regions, averaged over the questions.
+    with fewer than two regions do not. Chance is one over the number of regions, averaged over the questions; where
+    there is no question there are no numbers.
     """
     world = distributed.world()
     device, size = _device(model), model.config.vision.image_size
     tables: list[Tensor] = []
     for some, images in records(shards, processor, list(indices)[world.rank :: world.size], batch_size):
-        boxed = [(i, region) for i, record in enumerate(some) for region in _told_apart(record)]
+        boxed = [(i, region) for i, record in enumerate(some) for region in _told_apart(processor, record)]
         if not boxed:
             continue
         image = torch.tensor([i for i, _ in boxed])
@@ -195,12 +213,14 @@ def region_matching(
         logits = _match(model, words.take(text), concepts, len(images) + region).cpu()
         counts = image.unique_consecutive(return_counts=True)[1].tolist()
         tables += [part.view(n, n) for part, n in zip(logits.split([n * n for n in counts]), counts, strict=True)]
-    return metrics.choice_accuracy([table for rows in distributed.gather_objects(tables) for table in rows])
+    scores = [table for rows in distributed.gather_objects(tables) for table in rows]
+    return metrics.choice_accuracy(scores) if scores else {}
 
 
-def _told_apart(record: Record) -> list[Region]:
+def _told_apart(processor: Processor, record: Record) -> list[Region]:
     """An image's regions whose first descriptions differ; none where fewer than two are left."""
-    regions = list({region.descriptions[0].lower(): region for region in record.regions}.values())
+    named = _with_words(processor, record.regions, lambda region: region.descriptions[0], record)
+    regions = list({region.descriptions[0].lower(): region for region in named}.values())
     return regions if len(regions) > 1 else []
 
 
@@ -212,6 +232,15 @@ def regions_of(normalised_xyxy: Float[Tensor, "text 4"], image: Int[Tensor, "tex
 
 
 # Shared.
+
+
+def _with_words(processor: Processor, items: Iterable[T], text_of: Callable[[T], str], record: Record) -> list[T]:
+    """The items whose text has a word; those left out are logged."""
+    items = list(items)
+    kept = [item for item in items if processor.has_words(text_of(item))]
+    if len(kept) < len(items):
+        logger.warning("record %s: left out %d texts without words", record.id, len(items) - len(kept))
+    return kept
 
 
 def _match(model: XVLM, words: Words, concepts: Concepts, about: Int[Tensor, "text"]) -> Float[Tensor, "text"]:

@@ -16,25 +16,29 @@ def contrastive(
     image: Float[Tensor, "pair dim"],
     text: Float[Tensor, "pair dim"],
     temperature: Float[Tensor, ""],
-    same: Int[Tensor, "pair"] | None = None,
+    same: Int[Tensor, "pair kind"] | None = None,
 ) -> Float[Tensor, ""]:
     """Image-text contrastive loss (ITC; X-VLM ``get_contrastive_loss``): cross-entropy both ways over all processes.
 
     Args:
         image, text: unit-length features of corresponding pairs.
         temperature: divides the similarities.
-        same: a number per pair; pairs with equal numbers are all positives of each other, sharing the target evenly
-            (X-VLM's ``idx``). Without it only the diagonal is.
+        same: numbers per pair; pairs that agree in any column are positives of each other, sharing the target evenly
+            (X-VLM's ``idx`` is one column). Without it only the diagonal is.
     """
     image, text = distributed.gather(torch.cat([image, text], 1)).chunk(2, 1)  # one trip between processes, not two
     logits = similarity(image, text, temperature)
     if same is None:
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    same = distributed.gather(same)
-    positives = (same[:, None] == same[None]).to(logits.dtype)
+    positives = matches(distributed.gather(same)).to(logits.dtype)
     target = positives / positives.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def matches(same: Int[Tensor, "pair kind"]) -> Bool[Tensor, "pair pair"]:
+    """Pairs that agree in any column."""
+    return (same[:, None] == same[None]).any(-1)
 
 
 def similarity(

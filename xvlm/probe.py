@@ -41,7 +41,10 @@ class ProbeConfig(Configured):
 
 
 def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[str, Numbers], dict[str, list]]:
-    """Numbers per slice, and per slice the answered grounding queries (for drawing)."""
+    """Numbers per slice, and per slice the answered grounding queries (for drawing).
+
+    What a slice says nothing about (no captions, no boxes) is not measured.
+    """
     was_training = model.training
     model.eval()
     numbers, answered = {}, {}
@@ -50,15 +53,15 @@ def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[
         indices = [i for i in range(len(shards)) if part.tag is None or part.tag in _tags(shards, i)]
         if not indices:
             raise ValueError(f"evaluation.slices.{name}: no record in {part.shards} has the tag {part.tag!r}")
-        gallery = indices[: config.gallery]
-        found = evaluate.retrieval(model, processor, shards, gallery, captions=config.captions, top_k=config.top_k)
+        numbers[name] = {}
+        if shards.counts["captions"]:
+            gallery = indices[: config.gallery]
+            found = evaluate.retrieval(model, processor, shards, gallery, captions=config.captions, top_k=config.top_k)
+            numbers[name] |= found.numbers | _retrieval_chance(len(found.indices), len(found.texts))
         answered[name] = evaluate.grounding(model, processor, shards, indices[: config.grounding])
-        numbers[name] = {
-            **found.numbers,
-            **evaluate.grounding_numbers(answered[name]),
-            **_regions(evaluate.region_matching(model, processor, shards, indices[: config.grounding])),
-            **_chance(shards, found, answered[name]),
-        }
+        if answered[name]:
+            numbers[name] |= evaluate.grounding_numbers(answered[name]) | _grounding_chance(shards, answered[name])
+        numbers[name] |= _regions(evaluate.region_matching(model, processor, shards, indices[: config.grounding]))
     model.train(was_training)
     return numbers, answered
 
@@ -71,14 +74,12 @@ def _tags(shards: Shards, i: int) -> list[str]:
 
 
 def _regions(numbers: Numbers) -> Numbers:
-    chance = numbers["chance"]
-    accuracy = {key: numbers[key] for key in ("region_to_text", "text_to_region")}
-    return accuracy | {f"chance_{key}": chance for key in accuracy}
+    accuracy = {key: value for key, value in numbers.items() if key != "chance"}
+    return accuracy | {f"chance_{key}": numbers["chance"] for key in accuracy}
 
 
-def _chance(shards: Shards, found: evaluate.Retrieved, answered: list[evaluate.Query]) -> Numbers:
-    """What guessing gives: a random order of the gallery, and the whole image as every phrase's box."""
-    images, texts = len(found.indices), len(found.texts)
+def _retrieval_chance(images: int, texts: int) -> Numbers:
+    """What a random order of the gallery gives."""
     per_image = texts / images
     chance = {}
     for k in (1, 5, 10):
@@ -87,12 +88,17 @@ def _chance(shards: Shards, found: evaluate.Retrieved, answered: list[evaluate.Q
         for i in range(min(k, texts)):
             missed *= max(0.0, texts - per_image - i) / (texts - i)
         chance[f"chance_image_to_text_r{k}"] = 1 - missed
+    return chance
+
+
+def _grounding_chance(shards: Shards, answered: list[evaluate.Query]) -> Numbers:
+    """What the whole image gives as every phrase's box."""
     sizes = {i: shards.read(i)[0] for i in {query.index for query in answered}}
     whole = [
         replace(query, predicted_xyxy=(0.0, 0.0, float(sizes[query.index].width), float(sizes[query.index].height)))
         for query in answered
     ]
-    return chance | {f"chance_{name}": v for name, v in evaluate.grounding_numbers(whole).items() if name != "phrases"}
+    return {f"chance_{name}": v for name, v in evaluate.grounding_numbers(whole).items() if name != "phrases"}
 
 
 MEASURES = {
@@ -188,6 +194,7 @@ def write(
     galleries = [
         gallery
         for name, queries in answered.items()
+        if queries
         for gallery in _galleries(name, Shards(config.slices[name].shards), queries)
     ]
     report.write_report(out, title=title, tables=made, curves=curves, pictures=galleries, facts=about)

@@ -6,6 +6,7 @@ repeats the uninterrupted one to the bit.
 """
 
 import json
+import logging
 import random
 import shutil
 import signal
@@ -25,6 +26,8 @@ from xvlm import distributed, hub
 from xvlm.config import ConfigError, Configured, dump_config, parse_yaml
 from xvlm.optim import OptimConfig, lr_factor, make_optimizer, set_lr
 from xvlm.types import Batch
+
+logger = logging.getLogger(__name__)
 
 Open = Callable[[int], Iterator[Batch]]  # a stream of batches from the given batch number on
 
@@ -108,8 +111,7 @@ def fit(
         FloatingPointError: a loss that is not finite, by name, with the records of the batch.
     """
     optimizer = make_optimizer(task, optim, fresh)
-    state = newest_state(out)
-    step, positions = _restore(state, task, optimizer, streams)
+    step, positions = _restore(out, task, optimizer, streams)
     model, optimizer = accelerator.prepare(task, optimizer)
     opened: dict[str, Iterator[Batch]] = {}
     log = _Log(out, accelerator, step, config)
@@ -177,20 +179,31 @@ def seed_step(seed: int, step: int) -> None:
 # States.
 
 
-def newest_state(out: Path) -> Path | None:
-    states = sorted((out / "state").glob("[0-9]*")) if (out / "state").is_dir() else []
-    return states[-1] if states else None
+def states(out: Path) -> list[Path]:
+    """Folders of the saved states of a run, the newest first."""
+    return sorted((out / "state").glob("[0-9]*"), reverse=True) if (out / "state").is_dir() else []
 
 
 def _restore(
-    state: Path | None, task: nn.Module, optimizer: torch.optim.Optimizer, streams: Mapping[str, Open]
+    out: Path, task: nn.Module, optimizer: torch.optim.Optimizer, streams: Mapping[str, Open]
 ) -> tuple[int, dict[str, int]]:
-    if state is None:
-        return 0, dict.fromkeys(streams, 0)
-    saved = torch.load(state / "state.pt", map_location="cpu", weights_only=True)
-    task.load_state_dict(saved["task"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["positions"]
+    """Continue from the newest state that can be read.
+
+    Raises:
+        ValueError: there are states, but none can be read.
+    """
+    for state in states(out):
+        try:
+            saved = torch.load(state / "state.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail in any way
+            logger.warning("%s cannot be read, going back to the state before it: %s", state / "state.pt", error)
+            continue
+        task.load_state_dict(saved["task"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return saved["step"], saved["positions"]
+    if states(out):
+        raise ValueError(f"{out / 'state'}: none of the states can be read; remove the folder to train from the start")
+    return 0, dict.fromkeys(streams, 0)
 
 
 def _save(out: Path, step: int, positions: dict[str, int], task: nn.Module, optimizer, keep: int) -> None:
@@ -214,19 +227,23 @@ def _save(out: Path, step: int, positions: dict[str, int], task: nn.Module, opti
 
 
 class _Log:
-    """Averages since the last line, to ``log.jsonl``, to the trackers and to the bar."""
+    """Averages over all processes since the last line, to ``log.jsonl``, to the trackers and to the bar.
+
+    ``skipped`` counts the broken samples of the whole run, those before an interruption included.
+    """
 
     def __init__(self, out: Path, accelerator: Accelerator, step: int, config: TrainConfig):
         self.accelerator, self.config = accelerator, config
         self.path = out / "log.jsonl"
         self.before, self.begun = seconds_so_far(out, step), time.perf_counter()
         self._reset()
-        self.skipped = 0
+        self.skipped = 0  # by this process; the first also carries what was skipped before the run was continued
         if config.trackers:
             accelerator.init_trackers(out.name)
         if accelerator.is_main_process:
             kept = [line for line in read_log(out) if line["step"] <= step]
             hub.write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.skipped = kept[-1]["skipped"] if kept else 0
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -251,9 +268,12 @@ class _Log:
         rate = f"{world * self.images / seconds:.0f} images/s {world * self.texts / seconds:.0f} texts/s"
         if step % self.config.log_every == 0 or step == self.config.steps:
             means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-            line = {"step": step, "lr": lr, **means}
-            line |= {"images_per_s": world * self.images / seconds, "texts_per_s": world * self.texts / seconds}
-            line |= {"waiting_for_data": self.waited / seconds, "skipped": self.skipped}
+            counts = {"images_per_s": self.images / seconds, "texts_per_s": self.texts / seconds}
+            parts = distributed.gather_objects((means, counts | {"skipped": self.skipped}))
+            line = {"step": step, "lr": lr}
+            line |= {name: sum(part[name] for part, _ in parts) / len(parts) for name in means}
+            line |= {name: sum(part[name] for _, part in parts) for name in parts[0][1]}
+            line |= {"waiting_for_data": self.waited / seconds}
             line |= {"seconds": self.before + time.perf_counter() - self.begun}
             if self.accelerator.is_main_process:
                 with self.path.open("a", encoding="utf-8") as file:

@@ -51,10 +51,10 @@ class StreamConfig(Configured):
     shards: Annotated[list[Path], Field(min_length=1)]  # folders; read as one
     grain: Grain
     images: Count  # of an update, over all processes
-    max_regions: Count = 5  # texts of an image; its caption is one of them
+    max_regions: Count = 5  # texts of an image; its captions are among them
     max_texts: Count | None = None  # of an update, over all processes; more are dropped at random
-    with_caption: bool = True  # in a region stream: a caption about the whole image too, where there is one
-    captions: Literal["any", "first"] = "any"  # which of a record's captions; the first of a scene is complete
+    with_caption: bool = True  # in a region stream: what is said about the whole image too, where there is something
+    captions: Literal["any", "first", "all"] = "any"  # which of a record's captions; the first of a scene is complete
     kinds: Annotated[list[Kind], Field(min_length=1)] = ["region", "object", "phrase", "expression"]
     # adjectives before an object's label: one at random (X-VLM), all, or each with probability 1/2
     attributes: Literal["one", "all", "some"] = "one"
@@ -202,6 +202,12 @@ def mentions(
     return found
 
 
+def _captions(record: Record, which: Literal["any", "first", "all"], rng: Random) -> list[str]:
+    if which == "any":
+        return [rng.choice(record.captions)]
+    return record.captions[:1] if which == "first" else rng.sample(record.captions, len(record.captions))
+
+
 def _object_text(thing: Object, attributes: Literal["one", "all", "some"], rng: Random) -> str:
     chosen = thing.attributes
     if attributes == "one" and chosen:
@@ -259,9 +265,7 @@ class _Stream(Dataset):
         record, image = read_image(shards, i)
         rng = Random(f"{self.seed} {epoch} {index} {config.grain}")
         captioned = bool(record.captions) and (config.grain == "caption" or config.with_caption)
-        captions = (
-            [rng.choice(record.captions if config.captions == "any" else record.captions[:1])] if captioned else []
-        )
+        captions = _captions(record, config.captions, rng) if captioned else []
         parts = mentions(record, config.kinds, config.attributes, rng) if config.grain == "region" else []
         if not (parts if config.grain == "region" else captions):
             wanted = "caption" if config.grain == "caption" else f"{', '.join(config.kinds)} with a box"

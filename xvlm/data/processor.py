@@ -137,6 +137,14 @@ class Processor:
             continues.append(False)
         return ids, continues
 
+    def has_words(self, text: str) -> bool:
+        """Whether anything is left of a text once it is cleaned: only then can it be encoded."""
+        try:
+            clean_caption(text, self.config.max_words)
+        except ValueError:
+            return False
+        return True
+
     def texts(self, texts: list[str]) -> Texts:
         """Texts as ids, padded to the longest of them.
 

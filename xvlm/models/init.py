@@ -15,7 +15,9 @@ class InitConfig(Configured):
 
     model: str | None = None  # a whole model: a folder of ours or a hub name
     vision: str | None = None  # the trunk's weights: a file, with timm's names or with the same tensors in order
-    text: str | None = None  # a BERT-family folder, whose lower layers read and whose upper layers fuse
+    # A BERT-family folder: its first `text_layers` layers read, its last `cross_layers` fuse. Layers may do both, from
+    # the same weights at the start: a sentence encoder such as MiniLM says what it means in its last layers only.
+    text: str | None = None
 
 
 def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]]:
@@ -56,13 +58,17 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
 def _text_weights(model: XVLM, name: str) -> dict[str, torch.Tensor]:
     folder, text = hub.locate(name), model.config.text
     theirs = json.loads((folder / "config.json").read_text())
-    layers = text.text_layers + text.cross_layers
-    if theirs["num_hidden_layers"] != layers or theirs["num_attention_heads"] != text.heads:
+    layers, heads = theirs["num_hidden_layers"], theirs["num_attention_heads"]
+    fits = max(text.text_layers, text.cross_layers) <= layers <= text.text_layers + text.cross_layers
+    if not fits or heads != text.heads:
         raise ValueError(
-            f"init.text {name}: {theirs['num_hidden_layers']} layers with {theirs['num_attention_heads']} heads, "
+            f"init.text {name}: {layers} layers with {heads} heads, "
             f"but model.text asks for {text.text_layers} + {text.cross_layers} layers with {text.heads} heads"
         )
-    return convert.bert(convert.read_checkpoint(folder / "model.safetensors"), text.text_layers)
+    state = convert.read_checkpoint(folder / "model.safetensors")
+    reads, fuses = convert.bert(state, text.text_layers), convert.bert(state, layers - text.cross_layers)
+    cross = {name: tensor for name, tensor in fuses.items() if name.startswith("cross.")}
+    return {name: tensor for name, tensor in reads.items() if not name.startswith("cross.")} | cross
 
 
 def _difference(a: XVLMConfig, b: XVLMConfig) -> str:

@@ -113,15 +113,23 @@ def _create_trunk(config: VisionConfig) -> nn.Module:
     try:
         return timm.create_model(config.trunk, num_classes=0, img_size=config.image_size, **config.options)
     except TypeError:
-        return timm.create_model(config.trunk, num_classes=0, **config.options)
+        pass
     except RuntimeError as error:
         raise ValueError(f"vision.trunk {config.trunk!r} is not a timm model: {error}") from None
+    try:
+        return timm.create_model(config.trunk, num_classes=0, **config.options)
+    except TypeError as error:
+        raise ValueError(f"vision.options {config.options} do not fit {config.trunk}: {error}") from None
 
 
 def _sine_positions(rows: int, columns: int, dim: int) -> Float[Tensor, "patch dim"]:
-    """Sines and cosines of row and column: a start from which neighbours already look alike."""
+    """Sines and cosines of row and column: a start from which neighbours already look alike.
+
+    They sum to zero over the grid: the mean of all patches, which stands for the whole image, says nothing of place.
+    """
     y, x = torch.meshgrid(torch.linspace(0, 1, rows), torch.linspace(0, 1, columns), indexing="ij")
     frequency = torch.pi * 2 ** torch.linspace(-1, 4, dim // 4)
     angles = [axis.flatten()[:, None] * frequency for axis in (y, x)]
     waves = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
+    waves = waves - waves.mean(0)
     return nn.functional.pad(waves, (0, dim - waves.shape[1]))

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from xvlm import losses
+from xvlm import distributed, losses
 from xvlm.boxes import cxcywh_to_xyxy
 from xvlm.config import Configured
 from xvlm.models.xvlm import XVLM
-from xvlm.types import Batch, Concepts, Grounded, Texts, Words
+from xvlm.types import Batch, Concepts, Grounded, Masked, Regions, Texts, Words
 
 
 class LossWeights(Configured):
@@ -25,9 +25,10 @@ class LossWeights(Configured):
 
 class PretrainingConfig(Configured):
     weights: LossWeights = LossWeights()
-    # Which pairs are no negatives of each other: `diagonal`, only the pair itself (X-VLM); `same_text`, also pairs
-    # with the same words, because region labels repeat ("window") and a second window is no wrong answer.
-    targets: Literal["diagonal", "same_text"] = "diagonal"
+    # Which concepts and texts of a batch belong together: `diagonal`, only the pairs themselves (X-VLM); `known`, also
+    # pairs with the same words, because region labels repeat ("window") and a second window is no wrong answer, and
+    # pairs about the same box of the same image, whose texts fit it both.
+    targets: Literal["diagonal", "known"] = "diagonal"
 
 
 class Task(nn.Module):
@@ -52,11 +53,14 @@ class Task(nn.Module):
         """The losses of one batch; ``boxes``: whether it holds regions, which have a box to predict."""
         model, weights = self.model, self.config.weights
         concepts = model.encode_image(batch.images, batch.regions)
-        words = model.encode_text(_clean_then_masked(batch))
+        masked = batch.masked if weights.mlm else None
+        words = model.encode_text(batch.texts if masked is None else _clean_then_masked(batch.texts, masked))
         pair = torch.arange(len(batch.texts.ids), device=words.mask.device)
         part = len(batch.images) + pair  # concepts: the images first, then what each text is about
         image, text = model.embed_image(concepts.take(part)), model.embed_text(words)[: len(pair)]
-        same = same_texts(batch.texts) if self.config.targets == "same_text" else None
+        same = None
+        if self.config.targets == "known":
+            same = torch.stack([same_texts(batch.texts), same_places(batch.regions)], 1)
         named: dict[str, Tensor] = {}
         if weights.itc:
             named["itc"] = weights.itc * losses.contrastive(image, text, model.temperature, same)
@@ -64,11 +68,11 @@ class Task(nn.Module):
         # Every question to the images is one row of one `fuse`: which text, which concept, which words are wanted.
         asked = _Questions(words)
         if weights.itm:
-            forbidden = None if same is None else same[:, None] == same[None]
+            forbidden = None if same is None else losses.matches(same)
             texts, wrong_image, images, wrong_text = losses.hard_negatives(image, text, model.temperature, forbidden)
             match = asked.add(torch.cat([pair, texts, wrong_text]), part[torch.cat([pair, wrong_image, images])])
-        if weights.mlm and batch.masked is not None:
-            guess = asked.add(len(pair) + pair, part, batch.masked.hidden)
+        if masked is not None:
+            guess = asked.add(len(pair) + pair, part, masked.hidden)
         if boxes and (weights.box_l1 or weights.box_giou):
             boxed = (~batch.regions.whole).nonzero()[:, 0]
             locate = asked.add(boxed, batch.regions.image[boxed])
@@ -77,9 +81,9 @@ class Task(nn.Module):
         if weights.itm:
             logits = model.match(fused.take(match))
             named["itm"] = weights.itm * losses.matching(logits, (match < len(pair)).long())
-        if weights.mlm and batch.masked is not None:
+        if masked is not None:
             guesses = model.guess_words(fused.take(guess).states)
-            named["mlm"] = weights.mlm * losses.masked_words(guesses, batch.texts.ids[batch.masked.hidden])
+            named["mlm"] = weights.mlm * losses.masked_words(guesses, batch.texts.ids[masked.hidden])
         if boxes and (weights.box_l1 or weights.box_giou):
             predicted = model.locate(fused.take(locate))
             l1, giou = losses.box_l1_giou(predicted, batch.regions.boxes_cxcywh[boxed])
@@ -134,15 +138,23 @@ class _Questions:
         return model.fuse(self.words, concepts, torch.cat(self.about), torch.cat(self.of), torch.cat(self.wanted))
 
 
-def _clean_then_masked(batch: Batch) -> Texts:
-    """The texts, then (where words are hidden) the same texts masked: one pass of the text encoder."""
-    if batch.masked is None:
-        return batch.texts
-    return Texts(torch.cat([batch.texts.ids, batch.masked.ids]), torch.cat([batch.texts.mask] * 2))
+def _clean_then_masked(texts: Texts, masked: Masked) -> Texts:
+    """The texts, then the same texts with words hidden: one pass of the text encoder."""
+    return Texts(torch.cat([texts.ids, masked.ids]), torch.cat([texts.mask] * 2))
 
 
 def same_texts(texts: Texts) -> Int[Tensor, "text"]:
     """A number per text, equal for equal words whatever the padding (a polynomial hash of the ids)."""
-    multiplier = torch.full((texts.ids.shape[1],), 6364136223846793005, device=texts.ids.device)
-    weight = multiplier.cumprod(0)  # powers, modulo 2^64
-    return ((texts.ids + 1) * texts.mask * weight).sum(1)
+    return _hash((texts.ids + 1) * texts.mask)
+
+
+def same_places(regions: Regions) -> Int[Tensor, "text"]:
+    """A number per text, equal for texts about the same box of the same image, different between processes."""
+    thousandths = (regions.boxes_xywh * 1000).round().long()
+    process = torch.full_like(regions.image, distributed.world().rank)
+    return _hash(torch.cat([torch.stack([process, regions.image], 1), thousandths], 1))
+
+
+def _hash(numbers: Int[Tensor, "row number"]) -> Int[Tensor, "row"]:
+    multiplier = torch.full((numbers.shape[1],), 6364136223846793005, device=numbers.device)
+    return (numbers * multiplier.cumprod(0)).sum(1)  # powers, modulo 2^64

@@ -1,0 +1,54 @@
+"""Which layers of a BERT become which of ours."""
+
+import pytest
+import tiny
+import torch
+from transformers import BertConfig, BertModel
+
+from xvlm.models.init import InitConfig, initial_model
+
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A BERT of four layers as transformers saves it, and the folder it is in."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    made = BertModel(BertConfig(**shape, num_hidden_layers=LAYERS, max_position_embeddings=16)).eval()
+    folder = tmp_path_factory.mktemp("bert")
+    made.save_pretrained(folder)
+    return made, folder
+
+
+def ours(folder, text_layers, cross_layers):
+    text = tiny.TEXT.model_copy(update={"text_layers": text_layers, "cross_layers": cross_layers})
+    return initial_model(tiny.CONFIG.model_copy(update={"text": text}), InitConfig(text=str(folder)))
+
+
+@pytest.mark.parametrize(("text_layers", "cross_layers"), [(2, 2), (3, 1), (4, 2), (4, 4)])
+def test_the_first_layers_read_and_the_last_fuse(bert, text_layers, cross_layers):
+    theirs, folder = bert
+    model, fresh = ours(folder, text_layers, cross_layers)
+    first = theirs.encoder.layer[:text_layers]
+    last = theirs.encoder.layer[LAYERS - cross_layers :]
+    for mine, layer in zip([*model.text.layers, *model.cross.layers], [*first, *last], strict=True):
+        assert torch.equal(mine.expand.weight, layer.intermediate.dense.weight)
+        assert torch.equal(mine.attention.key.bias, layer.attention.self.key.bias)
+    assert "cross.layers.0.cross_attention.query.weight" in fresh and "image_projection.bias" in fresh
+    assert not any(name.startswith("text.") or name.endswith("expand.weight") for name in fresh)
+
+
+def test_a_text_encoder_of_all_layers_is_bert(bert):
+    theirs, folder = bert
+    texts = tiny.texts(3, torch.Generator().manual_seed(0))
+    model, _ = ours(folder, LAYERS, 2)
+    with torch.no_grad():
+        expected = theirs(texts.ids, attention_mask=texts.mask.long()).last_hidden_state[texts.mask]
+        torch.testing.assert_close(model.eval().encode_text(texts).states, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("text_layers", "cross_layers"), [(1, 2), (5, 2), (2, 5)])
+def test_layers_that_would_be_left_out_or_missing_are_an_error(bert, text_layers, cross_layers):
+    with pytest.raises(ValueError, match=f"4 layers .* asks for {text_layers} \\+ {cross_layers}"):
+        ours(bert[1], text_layers, cross_layers)
