@@ -169,6 +169,55 @@ def test_half_precision_folders(tmp_path):
     torch.testing.assert_close(again.text.words.weight, model.text.words.weight, atol=1e-3, rtol=1e-3)
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["text.norm.bias"][3] = torch.nan
+    state["box_head.0.weight"][0, 0] = torch.inf
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"box_head.0.weight holds NaN or infinite values; text.norm.bias holds NaN"):
+        XVLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("pooling", ["hard", "soft"])
+def test_regions_of_one_image_in_one_pass_in_chunks_and_in_batches_agree(pooling):
+    vision = tiny.VISION.model_copy(update={"pooling": pooling})
+    model, batch = tiny.model(tiny.CONFIG.model_copy(update={"vision": vision})), tiny.batch()
+    corner = torch.rand(3000, 2) * 24
+    many = torch.cat([corner, corner + 1 + torch.rand(3000, 2) * 7], 1)
+    together = model.embed_regions(batch.images[0], many)
+    assert together.shape == (3000, 8)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(3000))
+    in_chunks = torch.cat([model.embed_regions(batch.images[0], chunk) for chunk in many.split(700)])
+    torch.testing.assert_close(in_chunks, together, atol=1e-6, rtol=1e-5)
+    # The path that training takes: several images, and the patches gathered for each of their regions.
+    regions = Regions(
+        torch.zeros(50, dtype=torch.long),
+        boxes.xyxy_to_cxcywh(many[:50] / 32),
+        boxes.xyxy_to_xywh(many[:50]),
+        torch.zeros(50, dtype=torch.bool),
+    )
+    concepts = model.encode_image(batch.images, regions)
+    torch.testing.assert_close(model.embed_image(concepts)[3:], together[:50], atol=1e-6, rtol=1e-5)
+    assert model.embed_regions(batch.images[0], many[:0]).shape == (0, 8)
+
+
+def test_the_region_that_covers_an_image_is_the_image():
+    model, batch = tiny.model(), tiny.batch()
+    region = model.embed_regions(batch.images[1], torch.tensor([[0.0, 0.0, 32.0, 32.0]]))
+    image = model.embed_image(model.encode_image(batch.images[1:2]))
+    torch.testing.assert_close(region, image, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[8.0, 8, 8, 16], [9, 8, 8, 16], [0, 0, 32.5, 8], [-1, 0, 8, 8], [0, 0, float("nan"), 8]]
+)
+def test_boxes_outside_the_image_or_without_area_are_refused(wrong):
+    given = torch.tensor([[0.0, 0, 8, 8], wrong, wrong])
+    with pytest.raises(ValueError, match=r"2 of 3 boxes leave the image of 32 x 32 pixels or have no area.* is box 1"):
+        tiny.model().embed_regions(torch.zeros(3, 32, 32), given)
+
+
 def test_an_unknown_name_lists_what_there_is():
     with pytest.raises(FileNotFoundError, match="no such folder; shipped weights"):
         XVLM.from_pretrained("xvlm-nonesuch")

@@ -69,6 +69,22 @@ def clip(boxes_xyxy: Float[Tensor, "*n 4"], width: float, height: float) -> Floa
     return torch.stack([left.clamp(0, width), top.clamp(0, height), right.clamp(0, width), bottom.clamp(0, height)], -1)
 
 
+def check_inside(boxes_xyxy: Float[Tensor, "n 4"], width: int, height: int) -> None:
+    """Refuse boxes that are not a part of an image of the given size in pixels.
+
+    Raises:
+        ValueError: how many leave the image, have no area or are not finite, and the first of them.
+    """
+    inside = (boxes_xyxy >= 0) & (boxes_xyxy <= boxes_xyxy.new_tensor([width, height, width, height]))
+    good = inside.all(-1) & (boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(-1)  # comparisons with NaN are false
+    if not good.all():
+        first = int((~good).nonzero()[0])
+        raise ValueError(
+            f"{int((~good).sum())} of {len(boxes_xyxy)} boxes leave the image of {width} x {height} pixels or have "
+            f"no area; the first is box {first}, left top right bottom {boxes_xyxy[first].tolist()}"
+        )
+
+
 def hflip(boxes_xyxy: Float[Tensor, "*n 4"], width: float) -> Float[Tensor, "*n 4"]:
     """Boxes of the image mirrored left to right."""
     left, top, right, bottom = boxes_xyxy.unbind(-1)

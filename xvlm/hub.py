@@ -61,6 +61,30 @@ def _from_hub(name: str) -> Path:
         ) from None
 
 
+def push(folder: Path | str, name: str, *, private: bool = False) -> str:
+    """Upload a folder's files to the repository ``org/name`` of the hub, made where it does not exist.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        NotADirectoryError: no such folder.
+        OSError: the hub refused or cannot be reached, with its reason.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"{folder}: no such folder")
+    try:
+        api = HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise OSError(f"{name}: not pushed to the hub: {' '.join(str(error).split())}") from None
+    return str(address)
+
+
 def model_card(name: str, about: str, results: Mapping[str, object], config: str) -> str:
     """A README for a folder of weights: what it is, what it scores, how it was made.
 

@@ -1,6 +1,7 @@
 """From images and texts to tensors: size, normalisation and tokenizer, saved and loaded with the weights."""
 
 import io
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,6 +121,16 @@ class Processor:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         (folder / FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def push_to_hub(self, name: str, *, private: bool = False) -> str:
+        """Save to the repository ``org/name`` of the hub, beside the model's files; returns its address.
+
+        Raises:
+            OSError: the hub refused, with its reason.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(folder, name, private=private)
 
     def encode(self, text: str) -> tuple[list[int], list[bool]]:
         """Ids of the cleaned text, [CLS] first, at most ``max_tokens``; and which tokens continue a word.

@@ -6,8 +6,10 @@ that no rule knows is an error and not a half-loaded model.
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 State = dict[str, Tensor]
@@ -121,21 +123,46 @@ def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
     return {new: tensor for name, tensor in state.items() if (new := rename(name)) is not None}
 
 
-def read_checkpoint(path: object) -> State:
+def read_checkpoint(path: Path | str) -> State:
     """A state dict from a ``.pth``/``.th``/``.safetensors`` file without executing what a pickle might contain.
 
     Raises:
-        ValueError: the file needs more than tensors and plain containers, or holds no state dict.
+        FileNotFoundError: no such file.
+        ValueError: the file is something else (a web page saved under this name), needs more than tensors and plain
+            containers, or holds no state dict.
     """
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file
+    return state_of(read_file(path), path)
 
-        return load_file(str(path))
+
+def read_file(path: Path | str) -> object:
+    """Whatever a checkpoint file holds, as :func:`read_checkpoint` reads it: often more than the state dict."""
+    with Path(path).open("rb") as file:
+        start = file.read(256).lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise ValueError(
+            f"{path}: a web page, not a checkpoint: the download gave its page instead of the file; download it again"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a Git LFS pointer, not a checkpoint; fetch the file it stands for (git lfs pull)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not loaded, because it does not load as plain weights: {error}") from None
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the readers raise whatever they trip over
+        raise ValueError(f"{path}: not loaded, because {_reason(error)}") from None
+
+
+def state_of(content: object, path: Path | str) -> State:
+    """The state dict in what :func:`read_file` gave: all of it, or what is under ``model``."""
     state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a state dict of tensors, found {type(state).__name__}")
     return state
+
+
+def _reason(error: Exception) -> str:
+    """One line; torch's own message is a page, and advises to run the file's code."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it does not load as plain weights: it needs {found[1]}, which may run code"
+    first = next(iter(str(error).splitlines()), "")
+    return f"it does not load as plain weights, is damaged or no checkpoint: {type(error).__name__} {first}".rstrip()

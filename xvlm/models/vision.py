@@ -5,7 +5,7 @@ from typing import Any, Literal
 import timm
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from xvlm import boxes
@@ -97,7 +97,7 @@ class VisionEncoder(nn.Module):
         # The mean is taken in float32 whatever the patches' precision: small boxes average few, large ones many.
         weight = weight / weight.sum(1, keepdim=True)
         with torch.autocast(images.device.type, enabled=False):
-            pooled = torch.einsum("rp,rpd->rd", weight, patches.float()[regions.image]).to(patches.dtype)
+            pooled = _pool(weight, patches.float(), regions.image).to(patches.dtype)
         pooled = torch.where(regions.whole[:, None], whole[regions.image], pooled)
         return Concepts(
             patches,
@@ -106,6 +106,14 @@ class VisionEncoder(nn.Module):
             torch.cat([everything, mask]),
             self.grid,
         )
+
+
+def _pool(
+    weight: Float[Tensor, "region patch"], patches: Float[Tensor, "image patch dim"], image: Int[Tensor, "region"]
+) -> Float[Tensor, "region dim"]:
+    if len(patches) == 1:  # thousands of boxes of one image: its patches are not copied for each of them
+        return weight @ patches[0]
+    return torch.einsum("rp,rpd->rd", weight, patches[image])
 
 
 def _create_trunk(config: VisionConfig) -> nn.Module:

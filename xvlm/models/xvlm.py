@@ -1,6 +1,7 @@
 """XVLM: three verbs (encode_image, encode_text, fuse), the projections and the pre-training heads."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +11,9 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from xvlm import hub
+from xvlm import boxes, hub
 from xvlm.config import Configured
+from xvlm.models import golden
 from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder
 from xvlm.models.vision import VisionConfig, VisionEncoder
 from xvlm.types import Concepts, Regions, Texts, Words
@@ -110,6 +112,34 @@ class XVLM(nn.Module):
         """Unit vectors of concepts, comparable with :meth:`embed_text` by their dot product."""
         return F.normalize(self.image_projection(concepts.pooled), dim=-1)
 
+    def embed_regions(
+        self, pixel_values: Float[Tensor, "3 height width"], boxes_xyxy: Float[Tensor, "box 4"]
+    ) -> Float[Tensor, "box embed"]:
+        """Unit vectors of boxes of one image, comparable with :meth:`embed_text`; thousands of them in one pass.
+
+        Args:
+            pixel_values: as :meth:`xvlm.Processor.pixel_values` gives them.
+            boxes_xyxy: in pixels of ``pixel_values``, so that an edge on the border between patches stays on it.
+                Those of the image before resizing are multiplied by the two sizes' ratio, and cut where they leave
+                the image, by :func:`xvlm.boxes.clip`.
+
+        Raises:
+            ValueError: a box that leaves the image, is empty or not finite; the first such box, by number.
+        """
+        height, width = pixel_values.shape[1:]
+        boxes.check_inside(boxes_xyxy, width, height)
+        count, device = len(boxes_xyxy), pixel_values.device
+        scale = torch.tensor([width, height, width, height], dtype=torch.float64, device=device)
+        boxes_xyxy = boxes_xyxy.to(device).double()  # float32 would move an edge over the border of a patch
+        regions = Regions(
+            torch.zeros(count, dtype=torch.long, device=device),
+            boxes.xyxy_to_cxcywh(boxes_xyxy / scale),
+            boxes.xyxy_to_xywh(boxes_xyxy),
+            torch.zeros(count, dtype=torch.bool, device=device),
+        )
+        concepts = self.encode_image(pixel_values[None], regions)
+        return self.embed_image(concepts.take(1 + torch.arange(count, device=device)))
+
     def embed_text(self, words: Words) -> Float[Tensor, "text embed"]:
         """Unit vectors of texts."""
         pooled = words.first if self.config.text_pooling == "first" else words.mean
@@ -131,7 +161,10 @@ class XVLM(nn.Module):
     # Folders.
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write ``config.json`` and ``model.safetensors``; ``dtype`` float16 halves the file."""
+        """Write ``config.json``, ``model.safetensors`` and ``golden.safetensors``; ``dtype`` float16 halves the size.
+
+        The last file holds what the written weights, read back, answer to a fixed input: see :mod:`xvlm.models.golden`.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"schema": SCHEMA, **self.config.model_dump(mode="json")}
@@ -139,16 +172,34 @@ class XVLM(nn.Module):
         state = {name: _as(dtype, tensor) for name, tensor in self.state_dict().items()}
         with hub.replacing(folder / "model.safetensors") as unfinished:
             save_file(state, unfinished, metadata={"format": "pt"})
+        with torch.random.fork_rng(devices=[]):  # building a model draws numbers; saving one should not be noticed
+            golden.write(type(self).from_pretrained(folder), folder)
+
+    def push_to_hub(self, name: str, *, private: bool = False) -> str:
+        """Save to the repository ``org/name`` of the hub, which is made where it does not exist; returns its address.
+
+        Raises:
+            OSError: the hub refused, with its reason.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(folder, name, private=private)
 
     @classmethod
     def from_pretrained(cls, name: Path | str) -> "XVLM":
         """Load a folder written by :meth:`save_pretrained`, by path, shipped name (``xvlm-scenes-tiny``) or hub name.
 
+        The path may also be an official checkpoint file (``….th``), see :mod:`xvlm.models.checkpoints`.
+
         Raises:
             FileNotFoundError: no such folder, or a file missing in it.
-            ValueError: a config field or tensor that is missing, unexpected or of another shape, by name.
+            ValueError: a config field or tensor that is missing, unexpected, of another shape or not finite, by name.
         """
         folder = hub.locate(name)
+        if folder.is_file():
+            from xvlm.models import checkpoints  # which builds on this module
+
+            return checkpoints.load(folder)
         config = json.loads((folder / "config.json").read_text())
         schema = config.pop("schema", None)
         if schema != SCHEMA:
@@ -162,19 +213,24 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], origin: object) ->
     """Copy a state dict into a model; every tensor must find its place and every place its tensor.
 
     Raises:
-        ValueError: names every missing, unexpected and misshapen tensor.
+        ValueError: names every missing, unexpected and misshapen tensor, and those that are not finite.
     """
     own = model.state_dict()
-    problems = [f"missing {name}" for name in own.keys() - state.keys()]
-    problems += [f"unexpected {name}" for name in state.keys() - own.keys()]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if problems:
-        raise ValueError(f"{origin}: " + "; ".join(sorted(problems)))
+    if wrong := misfits(own, state):
+        raise ValueError(f"{origin}: " + "; ".join(wrong))
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})
+
+
+def misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """What keeps a state dict from being loaded where ``own`` (its values are not looked at) is, in words."""
+    wrong = [f"missing {name}" for name in own.keys() - state.keys()]
+    wrong += [f"unexpected {name}" for name in state.keys() - own.keys()]
+    for name in own.keys() & state.keys():
+        if own[name].shape != state[name].shape:
+            wrong.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
+        elif not state[name].isfinite().all():
+            wrong.append(f"{name} holds NaN or infinite values")
+    return sorted(wrong)
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""Golden outputs: written with the weights, small, and far off as soon as anything about the model is."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from xvlm import hub
+from xvlm.models import golden
+from xvlm.models.xvlm import XVLM
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_saved_folder_answers_as_it_did(tmp_path, dtype):
+    tiny.model().save_pretrained(tmp_path, dtype=dtype)
+    largest, near = golden.differences(XVLM.from_pretrained(tmp_path), tmp_path)
+    assert near
+    assert set(largest) == {"image_embedding", "text_embedding", "matching", "boxes_cxcywh", "words"}
+    assert set(largest.values()) == {0.0}
+    assert (tmp_path / golden.FILE).stat().st_size < 10_000
+
+
+def test_saving_draws_no_random_numbers_and_keeps_the_mode(tmp_path):
+    model = tiny.model().train()
+    before = torch.get_rng_state()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+
+
+PARTS = ["vision", "text", "cross", "word_head", "image_projection", "text_projection", "itm_head", "box_head"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_the_model_is_heard(tmp_path, part):
+    tiny.model().save_pretrained(tmp_path)
+    model = XVLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(f"{part}."):
+                parameter += 0.05 * torch.randn_like(parameter)
+    largest, near = golden.differences(model, tmp_path)
+    assert not near
+    assert max(largest.values()) > 1e-3
+
+
+def test_another_reading_of_the_same_weights_is_found(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text"]["heads"] = 4  # the same tensors, other numbers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not golden.differences(XVLM.from_pretrained(tmp_path), tmp_path)[1]
+
+
+def test_goldens_that_are_missing_or_not_a_number(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    model = XVLM.from_pretrained(tmp_path)
+    kept = load_file(tmp_path / golden.FILE)
+    save_file(kept | {"matching": torch.full_like(kept["matching"], torch.nan)}, tmp_path / golden.FILE)
+    assert not golden.differences(model, tmp_path)[1]
+    save_file({"matching": kept["matching"]}, tmp_path / golden.FILE)
+    with pytest.raises(ValueError, match=r"golden.safetensors: holds .* but this model gives"):
+        golden.differences(model, tmp_path)
+    (tmp_path / golden.FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no golden.safetensors; save_pretrained writes it"):
+        golden.differences(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", hub.shipped())
+def test_shipped_weights_answer_as_they_did(name):
+    folder = hub.locate(name)
+    assert golden.differences(XVLM.from_pretrained(folder), folder)[1]
