@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import official
 import pytest
 import tiny
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from xvlm import hub
@@ -13,6 +16,7 @@ from xvlm.__main__ import app, main
 from xvlm.data import scenes
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.shards import Shards
+from xvlm.models import golden
 from xvlm.models.xvlm import XVLM
 
 
@@ -57,7 +61,7 @@ def test_help_lists_the_commands_without_importing_torch():
         [sys.executable, "-X", "importtime", "-m", "xvlm", "--help"], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0
-    for command in ("demo", "ground", "data"):
+    for command in ("demo", "ground", "export", "convert", "verify", "push", "data"):
         assert f" {command} " in ran.stdout
     imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
     assert "xvlm.hub" in imported
@@ -100,3 +104,79 @@ def test_a_missing_picture_and_missing_shards_end_in_one_line(monkeypatch, tmp_p
 
 def test_scenes_without_a_limit_end_in_one_line(monkeypatch, tmp_path):
     assert "number" in error_of(monkeypatch, "data", "pack", "scenes", tmp_path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """An official file whose text side knows the words of scenes, and a folder with their tokenizer."""
+    words = scenes.vocabulary()
+    state = official.checkpoint(vocabulary=len(words))
+    torch.save({"model": state, "config": {"max_tokens": 12, "image_res": 32}}, tmp_path / "official.th")
+    Processor.from_vocabulary(words, ProcessorConfig()).save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "official.th"
+
+
+def test_convert_writes_a_folder_that_loads_right(checkpoint, tmp_path):
+    out, tokenizer = tmp_path / "mine", tmp_path / "tokenizer"
+    printed = lines_of("convert", checkpoint, out, "--image-size", 48, "--tokenizer", tokenizer)
+    assert "renamed temp -> temperature" in printed
+    assert any(line.startswith("dropped ") for line in printed)
+    assert any(line.startswith("resized ") and "49 x 1 -> 121 x 1" in line for line in printed)
+    model = XVLM.from_pretrained(out)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert (
+        printed[-1]
+        == f"{out}: {parameters:,} parameters; {len(official.checkpoint()) - 7} renamed, 7 dropped, 3 resized"
+    )
+    config = Processor.from_pretrained(out).config
+    assert (config.image_size, config.max_tokens) == ((48, 48), 12)
+    assert {"config.json", "processor.json", "model.safetensors", "golden.safetensors", "README.md"} <= {
+        file.name for file in out.iterdir()
+    }
+    assert lines_of("verify", out)[-1] == f"{out}: largest difference 0.0e+00, loads right"
+
+
+def test_convert_finds_the_tokenizer_beside_the_file_or_says_that_there_is_none(checkpoint, tmp_path):
+    assert any(line.startswith("no tokenizer: ") for line in lines_of("convert", checkpoint, tmp_path / "without"))
+    lines_of("verify", tmp_path / "without")
+    beside = checkpoint.rename(tmp_path / "tokenizer/official.th")
+    lines_of("convert", beside, tmp_path / "with")
+    assert Processor.from_pretrained(tmp_path / "with").vocab_size == len(scenes.vocabulary())
+
+
+def test_convert_refuses_in_one_line_and_writes_nothing(monkeypatch, checkpoint, tmp_path):
+    out = tmp_path / "mine"
+    Processor.from_vocabulary([*scenes.vocabulary(), "extra"], ProcessorConfig()).save_pretrained(tmp_path / "other")
+    message = error_of(monkeypatch, "convert", checkpoint, out, "--tokenizer", tmp_path / "other")
+    words = len(scenes.vocabulary())
+    assert f"the tokenizer has {words + 1} words, the model's embedding {words}" in message
+    assert "multiples of 8" in error_of(monkeypatch, "convert", checkpoint, out, "--image-size", 50)
+    assert "absent.th" in error_of(monkeypatch, "convert", tmp_path / "absent.th", out)
+    (tmp_path / "page.th").write_text("<html>")
+    assert "a web page, not a checkpoint" in error_of(monkeypatch, "convert", tmp_path / "page.th", out)
+    assert not out.exists()
+
+
+def test_verify_ends_with_status_1_where_a_folder_does_not_load_right(monkeypatch, folder):
+    assert lines_of("verify", folder)[-1].endswith("loads right")
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"text.norm.bias": state["text.norm.bias"] + 0.1}, folder / "model.safetensors")
+    ran = CliRunner().invoke(app, ["verify", str(folder)])
+    assert ran.exit_code == 1
+    assert "DOES NOT LOAD RIGHT" in ran.stdout
+    (folder / golden.FILE).unlink()
+    assert "no golden.safetensors" in error_of(monkeypatch, "verify", folder)
+    del state["text.norm.bias"]
+    save_file(state, folder / "model.safetensors")
+    assert "missing text.norm.bias" in error_of(monkeypatch, "verify", folder)
+
+
+def test_push_uploads_what_loads_right(monkeypatch, folder):
+    pushed = []
+    monkeypatch.setattr(hub, "push", lambda folder, name, *, private: pushed.append((folder, name, private)) or "there")
+    assert lines_of("push", folder, "org/mine", "--private")[-1] == "there"
+    assert pushed == [(folder, "org/mine", True)]
+    kept = load_file(folder / golden.FILE)
+    save_file({name: tensor + 1 for name, tensor in kept.items()}, folder / golden.FILE)
+    assert CliRunner().invoke(app, ["push", str(folder), "org/mine"]).exit_code == 1
+    assert len(pushed) == 1

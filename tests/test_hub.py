@@ -1,8 +1,14 @@
 """Names to folders, and files that are either whole or not there."""
 
+from pathlib import Path
+
+import huggingface_hub
 import pytest
+import tiny
 
 from xvlm import hub
+from xvlm.data import scenes
+from xvlm.data.processor import Processor, ProcessorConfig
 
 
 def test_paths_packages_and_shipped_names(tmp_path):
@@ -35,3 +41,35 @@ def test_the_card_names_scores_and_provenance():
     card = hub.model_card("tiny", "10 parameters.", results, "steps: 3")
     assert "| commit | abc |" in card and "| seen | mean_iou | 0.500 |" in card and "steps: 3" in card
     assert "chance" not in card
+
+
+class Api:
+    """Stands for the hub: keeps what it is sent."""
+
+    repositories: dict = {}
+
+    def create_repo(self, name, *, private, exist_ok):
+        assert exist_ok
+        self.repositories.setdefault(name, (private, set()))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, *, repo_id, folder_path):
+        self.repositories[repo_id][1].update(file.name for file in Path(folder_path).iterdir())
+
+
+def test_a_model_and_its_processor_share_a_repository(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert tiny.model().push_to_hub("org/mine", private=True) == "https://hub/org/mine"
+    Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig()).push_to_hub("org/mine")
+    private, files = Api.repositories["org/mine"]
+    assert private
+    assert {"config.json", "model.safetensors", "golden.safetensors", "processor.json", "tokenizer.json"} <= files
+
+
+def test_a_push_that_cannot_be_is_explained(tmp_path):
+    with pytest.raises(NotADirectoryError, match="absent: no such folder"):
+        hub.push(tmp_path / "absent", "org/mine")
+    with pytest.raises(OSError, match=r"org/mine: not pushed to the hub: "):
+        hub.push(tmp_path, "org/mine")  # the tests are offline
+    with pytest.raises(OSError, match=r"a/b/c: not pushed to the hub: "):
+        hub.push(tmp_path, "a/b/c")

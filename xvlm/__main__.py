@@ -89,6 +89,88 @@ def export(
     typer.echo(f"{folder}: {about}")
 
 
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="An official X-VLM checkpoint, .th or .pth.")],
+    folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels; position tables are resized. Default: its own.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with vocab.txt or tokenizer.json, or a hub name. Default: beside FILE.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads of the text side. Default: width / 64.")] = None,
+) -> None:
+    """Turn an official checkpoint into a folder of ours, and say what became of each tensor."""
+    from xvlm.data.processor import Processor, ProcessorConfig
+    from xvlm.models import checkpoints
+
+    converted = checkpoints.read(file, image_size=image_size, heads=heads)
+    processor = None
+    beside = any((file.parent / name).exists() for name in ("vocab.txt", "tokenizer.json"))
+    if tokenizer is not None or beside:
+        given = {
+            key: converted.trained_with[key] for key in ("max_tokens", "max_words") if key in converted.trained_with
+        }
+        config = ProcessorConfig.model_validate({"image_size": converted.config.vision.image_size, **given})
+        processor = Processor.from_tokenizer(hub.locate(tokenizer) if tokenizer else file.parent, config)
+        _check_vocabulary(processor.vocab_size, converted.config.text.vocab_size)
+    model = checkpoints.build(converted, file)
+    for line in converted.lines():
+        typer.echo(line)
+    model.save_pretrained(folder)
+    hub.write_atomically(folder / "README.md", checkpoints.card(folder.name, file, converted))
+    if processor is None:
+        typer.echo("no tokenizer: give one with --tokenizer before the folder is used with texts")
+    else:
+        processor.save_pretrained(folder)
+    counts = f"{len(converted.renamed)} renamed, {len(converted.dropped)} dropped, {len(converted.resized)} resized"
+    typer.echo(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters; {counts}")
+
+
+@app.command()
+def verify(folder: Annotated[str, typer.Argument(help="Folder, shipped name or hub name.")]) -> None:
+    """Check that a folder loads right on this machine: what its weights answer is what they answered when written."""
+    raise typer.Exit(0 if _verified(folder) else 1)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder written by export or convert.")],
+    name: Annotated[str, typer.Argument(help="org/model on the hub.")],
+    private: Annotated[bool, typer.Option(help="Make the repository private if it is new.")] = False,
+) -> None:
+    """Upload a folder to the hub, once it is known to load right."""
+    if not _verified(str(folder)):
+        raise typer.Exit(1)
+    typer.echo(hub.push(folder, name, private=private))
+
+
+def _verified(folder: str) -> bool:
+    """Prints how far each golden output is from what it was; whether all are near."""
+    from xvlm.data.processor import FILE, Processor
+    from xvlm.models import golden
+    from xvlm.models.xvlm import XVLM
+
+    place = hub.locate(folder)
+    model = XVLM.from_pretrained(place)
+    if (place / FILE).exists():
+        _check_vocabulary(Processor.from_pretrained(place).vocab_size, model.config.text.vocab_size)
+    differences, near = golden.differences(model, place)
+    for name, difference in differences.items():
+        typer.echo(f"{name}: {difference:.1e}")
+    verdict = "loads right" if near else f"DOES NOT LOAD RIGHT (within {golden.TOLERANCE:.0e} it would)"
+    typer.echo(f"{folder}: largest difference {max(differences.values()):.1e}, {verdict}")
+    return near
+
+
+def _check_vocabulary(tokenizer: int, model: int) -> None:
+    if tokenizer != model:
+        raise ValueError(
+            f"the tokenizer has {tokenizer} words, the model's embedding {model}: they do not belong together"
+        )
+
+
 @data.command("pack")
 def data_pack(
     reader: Annotated[str, typer.Argument(help="scenes, flickr30k_entities or coco")],
