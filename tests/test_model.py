@@ -161,6 +161,23 @@ def test_folders_round_trip_and_load_strictly(tmp_path):
         XVLM.from_pretrained(tmp_path)
 
 
+def test_towers_alone_load_and_say_what_starts_fresh(tmp_path):
+    model = tiny.model()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    towers = {name: t for name, t in load_file(file).items() if name.startswith(("vision.", "text."))}
+    save_file(towers, file)
+    with pytest.warns(
+        UserWarning, match=r"start fresh: box_head, cross, image_projection, itm_head, temperature, text_p"
+    ):
+        again = XVLM.from_pretrained(tmp_path)
+    assert torch.equal(again.text.words.weight, model.text.words.weight)
+    del towers["text.norm.bias"]  # a tower must be whole
+    save_file(towers, file)
+    with pytest.raises(ValueError, match=r"missing text.norm.bias"), pytest.warns(UserWarning):
+        XVLM.from_pretrained(tmp_path)
+
+
 def test_half_precision_folders(tmp_path):
     model = tiny.model()
     model.save_pretrained(tmp_path, dtype=torch.float16)

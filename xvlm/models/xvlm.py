@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder
 from xvlm.models.vision import VisionConfig, VisionEncoder
 from xvlm.types import Concepts, Regions, Texts, Words
 
+# The parts that compare images with texts, without anything that reads both.
+TOWERS = {"vision", "text", "image_projection", "text_projection", "temperature"}
 SCHEMA = 1  # of config.json; raised when a saved folder needs a named upgrade step
 
 
@@ -189,7 +192,8 @@ class XVLM(nn.Module):
     def from_pretrained(cls, name: Path | str) -> "XVLM":
         """Load a folder written by :meth:`save_pretrained`, by path, shipped name (``xvlm-scenes-tiny``) or hub name.
 
-        The path may also be an official checkpoint file (``….th``), see :mod:`xvlm.models.checkpoints`.
+        The path may also be an official checkpoint file (``….th``), see :mod:`xvlm.models.checkpoints`. A folder whose
+        weights are those of the towers alone loads too, with a warning that says which parts start fresh.
 
         Raises:
             FileNotFoundError: no such folder, or a file missing in it.
@@ -205,7 +209,12 @@ class XVLM(nn.Module):
         if schema != SCHEMA:
             raise ValueError(f"{folder / 'config.json'}: schema {schema!r}, this version reads {SCHEMA}")
         model = cls(XVLMConfig.model_validate(config))
-        load_strictly(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        file = folder / "model.safetensors"
+        state = load_file(file)
+        if fresh := _fresh_parts(model, state):
+            warnings.warn(f"{file} holds towers alone; these start fresh: {', '.join(fresh)}", stacklevel=2)
+            state |= {name: tensor for name, tensor in model.state_dict().items() if _part(name) in fresh}
+        load_strictly(model, state, file)
         return model.eval()
 
 
@@ -231,6 +240,18 @@ def misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
         elif not state[name].isfinite().all():
             wrong.append(f"{name} holds NaN or infinite values")
     return sorted(wrong)
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _fresh_parts(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """The parts that a state dict of towers alone leaves out; none for any other, where what is missing is an error."""
+    parts = {_part(name) for name in state}
+    if not {"vision", "text"} & parts or parts - TOWERS:
+        return []
+    return sorted({_part(name) for name in model.state_dict()} - parts)
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
