@@ -88,6 +88,12 @@ def test_leftovers_in_either_direction_are_listed(state):
     assert missing == "missing from the file: text.layers.1.contract.bias, image_projection.bias"
 
 
+def test_two_tensors_for_one_place_are_one_too_many(state):
+    state["text_encoder.embeddings.LayerNorm.bias"] = torch.zeros(64)
+    with pytest.raises(ValueError, match=r"left over in the file: text_encoder.embeddings.LayerNorm.bias$"):
+        checkpoints.official(state)
+
+
 def test_a_file_without_what_its_shape_is_read_off_is_refused(state):
     del state["text_encoder.bert.embeddings.position_embeddings.weight"]
     with pytest.raises(ValueError, match=r"missing from the file: text_encoder.bert.embeddings.position_embeddings"):

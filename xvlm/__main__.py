@@ -99,7 +99,9 @@ def convert(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder with vocab.txt or tokenizer.json, or a hub name. Default: beside FILE.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads of the text side. Default: width / 64.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the text side. Default: width / 64.")
+    ] = None,
 ) -> None:
     """Turn an official checkpoint into a folder of ours, and say what became of each tensor."""
     from xvlm.data.processor import Processor, ProcessorConfig

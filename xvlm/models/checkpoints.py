@@ -173,16 +173,17 @@ def official(
 
 
 def _names(state: State, text_layers: int) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Name in the file -> ours, name -> why it is dropped, and names that no rule knows."""
-    renamed, dropped, unknown = {}, {}, []
+    """Name in the file -> ours, name -> why it is dropped, and names without a rule or a place of their own."""
+    renamed, dropped, unknown, taken = {}, {}, [], set()
     for name, tensor in state.items():
         try:
             new = next(iter(convert.official({name: tensor}, text_layers)), None)
         except ValueError:
             unknown.append(name)
             continue
-        if new is not None:
+        if new is not None and new not in taken:
             renamed[name] = new
+            taken.add(new)
         elif why := next((why for pattern, why in _DROPPED.items() if re.search(rf"({pattern})$", name)), None):
             dropped[name] = why
         else:
