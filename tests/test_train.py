@@ -164,6 +164,16 @@ def test_parameter_groups():
     assert not any(name.startswith("vision.") for names in found.values() for name in names)
     assert not model.vision.trunk.patch_embed.proj.weight.requires_grad
     assert "temperature" in found[0.0, 1.0] and "text.words.weight" in found[0.5, 1.0]
+    scaled = OptimConfig(new_layers_lr=3.0, scales={"text.": 0.5, "text.words": 0.25})
+    rates = {
+        name: group["lr_scale"]
+        for group in parameter_groups(model, scaled, fresh=["text.norm.bias"])
+        for name in group["names"]
+    }
+    assert (rates["text.norm.weight"], rates["text.norm.bias"], rates["text.words.weight"]) == (0.5, 1.5, 0.25)
+    assert rates["cross.layers.0.norm.bias"] == 1.0
+    with pytest.raises(ValueError, match="optim.scales: no parameter begins with 'txet'"):
+        parameter_groups(model, OptimConfig(scales={"txet": 1.0}))
     with pytest.raises(ValueError, match="no parameter begins with 'visoin'"):
         parameter_groups(model, OptimConfig(freeze=["visoin"]))
     with pytest.raises(ValueError, match=r"does not have: .'nonesuch'"):
