@@ -172,7 +172,7 @@ def test_parameter_groups():
     }
     assert (rates["text.norm.weight"], rates["text.norm.bias"], rates["text.words.weight"]) == (0.5, 1.5, 0.25)
     assert rates["cross.layers.0.norm.bias"] == 1.0
-    with pytest.raises(ValueError, match="optim.scales: no parameter begins with 'txet'"):
+    with pytest.raises(ValueError, match=r"optim\.scales: no parameter begins with 'txet'"):
         parameter_groups(model, OptimConfig(scales={"txet": 1.0}))
     with pytest.raises(ValueError, match="no parameter begins with 'visoin'"):
         parameter_groups(model, OptimConfig(freeze=["visoin"]))
