@@ -112,6 +112,7 @@ def fit(
     """
     optimizer = make_optimizer(task, optim, fresh)
     step, positions = _restore(out, task, optimizer, streams)
+    task.train()
     model, optimizer = accelerator.prepare(task, optimizer)
     opened: dict[str, Iterator[Batch]] = {}
     log = _Log(out, accelerator, step, config)

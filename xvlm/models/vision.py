@@ -46,6 +46,7 @@ class VisionEncoder(nn.Module):
         if config.positions:
             self.norm = nn.LayerNorm(self.dim)
             self.positions = nn.Parameter(_sine_positions(*self.grid, self.dim))
+        self.train()  # as modules begin, but with the statistics that stay as they are
 
     def _grid(self, features: Tensor) -> tuple[int, int]:
         if features.ndim == 4:
