@@ -42,7 +42,7 @@ def test_each_direction_ranks_its_own_candidates(world):
     """By brute force: the first of an image's (a text's) most similar ones by matching score must be its own."""
     model, processor, shards = world
     found = evaluate.retrieval(model, processor, shards, range(8), captions=2, top_k=3)
-    (some, images), *_ = list(records(shards, processor, range(8), 8))
+    (_, images), *_ = list(records(shards, processor, range(8), 8))
     with torch.inference_mode():
         image = model.embed_image(model.encode_image(images))
         similarity = image @ model.embed_text(model.encode_text(processor.texts(found.texts))).T

@@ -31,6 +31,8 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
         ValueError: weights that do not fit the configuration, by name.
     """
     if init.model is not None:
+        if init.vision is not None or init.text is not None:
+            raise ValueError("init.model is a whole model; init.vision and init.text are for one that is put together")
         model = XVLM.from_pretrained(init.model).train()
         if model.config != config:
             raise ValueError(

@@ -7,11 +7,13 @@ section 3.2; reference ``models/xbert.py``).
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from xvlm.config import Configured
@@ -25,12 +27,18 @@ class TextConfig(Configured):
     dim: int = 768
     heads: int = 12
     feed_forward: int = 3072
-    text_layers: int = 6  # the text encoder
-    cross_layers: int = 6  # the cross encoder: these also look at the image
+    text_layers: Annotated[int, Field(ge=1)] = 6  # the text encoder
+    cross_layers: Annotated[int, Field(ge=1)] = 6  # the cross encoder: these also look at the image
     max_positions: int = 512
     token_types: int = 2
     dropout: float = 0.1
     norm_eps: float = 1e-12
+
+    @model_validator(mode="after")
+    def heads_divide_the_width(self) -> "TextConfig":
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} cannot be divided among {self.heads} heads")
+        return self
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -154,7 +155,12 @@ class XVLM(nn.Module):
         if schema != SCHEMA:
             raise ValueError(f"{folder / 'config.json'}: schema {schema!r}, this version reads {SCHEMA}")
         model = cls(XVLMConfig.model_validate(config))
-        load_strictly(model, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        file = folder / "model.safetensors"
+        try:
+            state = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not readable as safetensors: {error}") from None
+        load_strictly(model, state, file)
         return model.eval()
 
 
