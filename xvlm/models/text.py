@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from xvlm.config import Configured
+from xvlm.models.packing import Packing, Page
 from xvlm.types import Concepts, Texts, Words
 
 
@@ -31,66 +32,6 @@ class TextConfig(Configured):
     token_types: int = 2
     dropout: float = 0.1
     norm_eps: float = 1e-12
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Where packed tokens sit in a padded layout of groups (texts, or images) by slots."""
-
-    groups: int
-    slots: int
-    position: Int[Tensor, "token"]  # in the flattened padded layout
-
-    @classmethod
-    def by(cls, group: Int[Tensor, "token"], groups: int) -> "Packing":
-        """Tokens of a group side by side, in their order."""
-        counts = torch.bincount(group, minlength=groups)
-        order = group.argsort(stable=True)
-        slot = torch.empty_like(group)
-        slot[order] = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group[order]]
-        slots = int(counts.max())
-        return cls(groups, slots, group * slots + slot)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """(token, …) -> (group, slot, …), zeros where there is no token."""
-        flat = packed.new_zeros(self.groups * self.slots, *packed.shape[1:]).index_copy_(0, self.position, packed)
-        return flat.unflatten(0, (self.groups, self.slots))
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """(group, slot, …) -> (token, …)."""
-        return padded.flatten(0, 1).index_select(0, self.position)
-
-
-@dataclass(frozen=True)
-class Page:
-    """Texts laid out for self-attention: several short texts share a group, so that little of it is padding."""
-
-    text: Int[Tensor, "token"]
-    packing: Packing
-    group_of_text: Int[Tensor, "text"]
-
-    @classmethod
-    def of(cls, mask: Bool[Tensor, "text word"]) -> "Page":
-        lengths = mask.sum(1).tolist()
-        room, used, group, groups = max(lengths), 0, 0, []
-        for length in lengths:
-            if used + length > room:
-                group, used = group + 1, 0
-            used += length
-            groups.append(group)
-        group_of_text = torch.tensor(groups, device=mask.device)
-        text = mask.nonzero()[:, 0]
-        return cls(text, Packing.by(group_of_text[text], group + 1), group_of_text)
-
-    def part(self, only: Bool[Tensor, "text word"]) -> "Page":
-        """Some words of the same texts, in the same groups."""
-        text = only.nonzero()[:, 0]
-        return Page(text, Packing.by(self.group_of_text[text], self.packing.groups), self.group_of_text)
-
-    def sees(self, other: "Page") -> Bool[Tensor, "group slot other"]:
-        """Which words of ``other`` belong to the same text."""
-        mine, theirs = (page.packing.pad(page.text + 1) for page in (self, other))
-        return mine[:, :, None] == theirs[:, None, :]
 
 
 class Attention(nn.Module):
@@ -249,13 +190,13 @@ class CrossEncoder(nn.Module):
         if of is not None:
             words = Words(x, words.mask).take(of)
             x, page = words.states, Page.of(words.mask)
-        asked_from, view = page, View.of(concepts, about[page.text])
+        asked_from, view = page, View.of(concepts, about[page.sequence])
         for number, layer in enumerate(self.layers):
             asking = x
             if number == len(self.layers) - 1 and only is not None:
                 asking = x.index_select(0, only[words.mask].nonzero()[:, 0])
                 asked_from = page.part(only)
-                view = View.of(concepts, about[asked_from.text])
+                view = View.of(concepts, about[asked_from.sequence])
             if number > 0:
                 asking = layer.attention(asking, asked_from, x, page)
             x = layer.feed_forward(layer.cross_attention(asking, view, keep_map=number == keep_map))
