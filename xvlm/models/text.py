@@ -20,7 +20,10 @@ from xvlm.types import Concepts, Texts, Words
 
 
 class TextConfig(Configured):
-    """Shape of the BERT stack; the defaults are bert-base-uncased as X-VLM uses it."""
+    """Shape of the BERT stack; the defaults are bert-base-uncased as X-VLM uses it.
+
+    roberta-base: ``vocab_size: 50265, max_positions: 514, position_offset: 2, token_types: 1, norm_eps: 1e-5``.
+    """
 
     vocab_size: int = 30522
     dim: int = 768
@@ -28,7 +31,8 @@ class TextConfig(Configured):
     feed_forward: int = 3072
     text_layers: int = 6  # the text encoder
     cross_layers: int = 6  # the cross encoder: these also look at the image
-    max_positions: int = 512
+    max_positions: int = 512  # rows of the position table
+    position_offset: int = 0  # row of the first word; RoBERTa leaves the rows up to its padding id, 1, unused
     token_types: int = 2
     dropout: float = 0.1
     norm_eps: float = 1e-12
@@ -136,7 +140,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.position_offset = config.dropout, config.position_offset
         self.words = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.types = nn.Embedding(config.token_types, config.dim)
@@ -148,10 +152,10 @@ class TextEncoder(nn.Module):
         Raises:
             ValueError: texts longer than the position table.
         """
-        longest = texts.mask.shape[1]
-        if longest > self.positions.num_embeddings:
-            raise ValueError(f"texts of {longest} tokens, but the model has {self.positions.num_embeddings} positions")
-        position = texts.mask.nonzero()[:, 1]
+        longest, longest_possible = texts.mask.shape[1], self.positions.num_embeddings - self.position_offset
+        if longest > longest_possible:
+            raise ValueError(f"texts of {longest} tokens, but the model has {longest_possible} positions")
+        position = texts.mask.nonzero()[:, 1] + self.position_offset
         x = self.norm(self.words(texts.ids[texts.mask]) + self.positions(position) + self.types.weight[0])
         x = F.dropout(x, self.dropout, self.training)
         page = Page.of(texts.mask)
