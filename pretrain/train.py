@@ -140,9 +140,10 @@ def make_processor(config: PretrainRun) -> Processor:
     text = config.model.text
     if processor.vocab_size != text.vocab_size:
         raise ConfigError(f"model.text.vocab_size is {text.vocab_size}, the tokenizer has {processor.vocab_size} words")
-    if config.processor.max_tokens > text.max_positions:
+    positions = text.max_positions - text.position_offset
+    if config.processor.max_tokens > positions:
         raise ConfigError(
-            f"processor.max_tokens is {config.processor.max_tokens}, model.text.max_positions only {text.max_positions}"
+            f"processor.max_tokens is {config.processor.max_tokens}, model.text has {positions} positions"
         )
     return processor
 

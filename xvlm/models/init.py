@@ -67,6 +67,12 @@ def _text_weights(model: XVLM, name: str) -> dict[str, torch.Tensor]:
             f"init.text {name}: {layers} layers with {heads} heads, "
             f"but model.text asks for {text.text_layers} + {text.cross_layers} layers with {text.heads} heads"
         )
+    offset = theirs["pad_token_id"] + 1 if theirs.get("model_type") in ("roberta", "xlm-roberta") else 0
+    if text.position_offset != offset:  # any offset would load: the tables have the same shape
+        raise ValueError(
+            f"init.text {name} is a {theirs.get('model_type')}: its first word has position {offset}, "
+            f"but model.text.position_offset is {text.position_offset}"
+        )
     state = convert.read_checkpoint(folder / "model.safetensors")
     reads, fuses = convert.bert(state, text.text_layers), convert.bert(state, layers - text.cross_layers)
     cross = {name: tensor for name, tensor in fuses.items() if name.startswith("cross.")}
