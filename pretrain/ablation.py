@@ -21,6 +21,10 @@ VARIANTS = {
     "no regions, no objects": ["streams.region.max_regions=1"],  # the caption, which comes first
 }
 SEEDS = (0, 1, 2)
+NOTE = (
+    f"Mean ± standard deviation over {len(SEEDS)} seeds. Every variant sees the same images in the same number of "
+    "updates; without regions an image comes with its caption alone."
+)
 SHOWN = ("text_to_image_r1", "image_to_text_r1", "any_box_acc", "mean_iou", "region_to_text", "text_to_region")
 
 
@@ -67,7 +71,7 @@ def write(out: Path, runs: dict[tuple[str, int], Path]) -> None:
                 values = [results[variant, seed][f"{name}/trained/{measure}"] for seed in SEEDS]
                 cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
             rows.append([probe.MEASURES[measure], *cells])
-        tables.append(report.Table(name, ["", *VARIANTS], rows, f"mean ± standard deviation over {len(SEEDS)} seeds"))
+        tables.append(report.Table(name, ["", *VARIANTS], rows, NOTE))
     about = {key: value for key, value in next(iter(results.values())).items() if "/" not in key and key != "seed"}
     about["commit"] = ", ".join(sorted({result["commit"] for result in results.values()}))
     about["minutes"] = round(sum(result["minutes"] for result in results.values()), 1)
