@@ -18,17 +18,20 @@ from xvlm import hub, probe, report
 VARIANTS = {
     "all losses": [],
     "no box loss": ["task.weights.box_l1=0", "task.weights.box_giou=0"],
-    "no regions, no objects": ["streams.region.grain=caption"],
+    "no regions, no objects": ["streams.region.max_regions=1"],  # the caption, which comes first
 }
 SEEDS = (0, 1, 2)
+NOTE = (
+    f"Mean ± standard deviation over {len(SEEDS)} seeds. Every variant sees the same images in the same number of "
+    "updates; without regions an image comes with its caption alone."
+)
 SHOWN = ("text_to_image_r1", "image_to_text_r1", "any_box_acc", "mean_iou", "region_to_text", "text_to_region")
 
 
 def main(arguments: list[str]) -> None:
     config, *overrides = arguments or [str(Path(__file__).parents[1] / "configs/pretrain/ablation.yaml")]
-    named = dict(override.split("=", 1) for override in overrides)
-    out = Path(named.pop("out", "runs/ablation"))
-    given = [f"{key}={value}" for key, value in named.items()]
+    out = Path(next((word.removeprefix("out=") for word in overrides if word.startswith("out=")), "runs/ablation"))
+    given = [word for word in overrides if not word.startswith("out=")]
     runs = {
         (variant, seed): out / f"{variant.replace(',', '').replace(' ', '-')}-{seed}"
         for variant, seed in product(VARIANTS, SEEDS)
@@ -36,19 +39,17 @@ def main(arguments: list[str]) -> None:
 
     def train(run: tuple[str, int]) -> None:
         variant, seed = run
-        if not (runs[run] / "results.json").exists():
-            command = [
-                sys.executable,
-                str(Path(__file__).with_name("train.py")),
-                config,
-                f"out={runs[run]}",
-                f"train.seed={seed}",
-            ]
-            print(f"{variant}, seed {seed}: {runs[run]}", flush=True)
-            runs[run].parent.mkdir(parents=True, exist_ok=True)
-            with runs[run].with_suffix(".txt").open("w") as log:
-                one_core = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-                subprocess.run([*command, *VARIANTS[variant], *given], check=True, env=one_core, stdout=log, stderr=log)
+        script, log = str(Path(__file__).with_name("train.py")), runs[run].with_suffix(".txt")
+        print(f"{variant}, seed {seed}: {runs[run]}", flush=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # What a variant is comes last: nothing given may undo it.
+        fixed = [*VARIANTS[variant], f"out={runs[run]}", f"train.seed={seed}"]
+        with log.open("w") as told:
+            one_core = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+            command = [sys.executable, script, config, *given, *fixed]
+            ended = subprocess.run(command, check=False, env=one_core, stdout=told, stderr=told)
+        if ended.returncode:
+            sys.exit(f"error: {variant}, seed {seed}: {log.read_text().strip().splitlines()[-1]} ({log})")
 
     first = next(iter(runs))
     train(first)  # packs the corpus that the others share
@@ -70,8 +71,9 @@ def write(out: Path, runs: dict[tuple[str, int], Path]) -> None:
                 values = [results[variant, seed][f"{name}/trained/{measure}"] for seed in SEEDS]
                 cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
             rows.append([probe.MEASURES[measure], *cells])
-        tables.append(report.Table(name, ["", *VARIANTS], rows, f"mean ± standard deviation over {len(SEEDS)} seeds"))
+        tables.append(report.Table(name, ["", *VARIANTS], rows, NOTE))
     about = {key: value for key, value in next(iter(results.values())).items() if "/" not in key and key != "seed"}
+    about["commit"] = ", ".join(sorted({result["commit"] for result in results.values()}))
     about["minutes"] = round(sum(result["minutes"] for result in results.values()), 1)
     flat = {f"{variant}/{seed}/{key}": value for (variant, seed), row in results.items() for key, value in row.items()}
     hub.write_atomically(out / "results.json", json.dumps(about | flat, indent=2) + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 
 from xvlm import distributed, hub, probe, train
 from xvlm.config import ConfigError, Configured, dump_config, load_config
@@ -44,6 +45,18 @@ class PretrainRun(Configured):
     train: TrainConfig = TrainConfig()
     evaluation: probe.ProbeConfig = probe.ProbeConfig()
 
+    @model_validator(mode="after")
+    def there_is_something_to_learn(self) -> "PretrainRun":
+        streams = {name: stream for name, stream in self.streams.items() if stream is not None}
+        for name, stream in streams.items():
+            if stream.grain != name:
+                raise ValueError(f"streams.{name}.grain is {stream.grain!r}; a stream is called what it is")
+        if not streams:
+            raise ValueError("streams: there is none; expected caption, region or both")
+        if not any(self.task.weights.model_dump().values()):
+            raise ValueError("task.weights: all of them are 0, so there is nothing to learn")
+        return self
+
 
 def main(arguments: list[str]) -> None:
     flags = {word for word in arguments if word.startswith("--")}
@@ -60,8 +73,12 @@ def main(arguments: list[str]) -> None:
 
 
 def run(config: PretrainRun, *, dry_run: bool = False) -> None:
+    if dry_run:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"trackers": []})})
     accelerator = train.make_accelerator(config.train, config.out, all_heads=uses_all_heads(config))
     config = dry(config) if dry_run else config
+    if finished(config):
+        return
     started = time.time() - train.seconds_so_far(config.out)
     distributed.main_first(partial(prepare, config))
     torch.manual_seed(config.train.seed)
@@ -82,17 +99,29 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
     if world.rank == 0:
         model.save_pretrained(config.out / "model")
         processor.save_pretrained(config.out / "model")
+        XVLM.from_pretrained(config.out / "model")  # what cannot be loaded again should be known now
     after, answered = probe.probe(model, processor, config.evaluation)
     if world.rank == 0:
-        about = probe.facts(config.train.seed, (time.time() - started) / 60, accelerator.device)
+        about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
         for table in probe.write(config.out, config.title, before, after, answered, config.evaluation, about):
             print(f"\n{probe.as_text(table)}")
         print(f"\n{config.out / 'report.html'}")
 
 
+def finished(config: PretrainRun) -> bool:
+    """Whether this very run has ended before; says so."""
+    ended = (config.out / "config.yaml").exists() and (config.out / "report.html").exists()
+    if ended:
+        distributed.main_first(partial(train.claim, config.out, config))
+        if distributed.world().rank == 0:
+            print(f"{config.out} is finished: {config.out / 'report.html'}")
+    return ended
+
+
 def prepare(config: PretrainRun) -> None:
     """The run folder and, where there is a corpus, its shards."""
     train.claim(config.out, config)
+    probe.note_commit(config.out)
     if config.corpus is not None:
         pack(config.corpus)
 
@@ -100,8 +129,7 @@ def prepare(config: PretrainRun) -> None:
 def uses_all_heads(config: PretrainRun) -> bool:
     """Whether every update trains every head."""
     weights = config.task.weights.model_dump().values()
-    grains = [stream.grain for stream in config.streams.values() if stream is not None]
-    return config.train.recipe == "joint" and all(weights) and "region" in grains
+    return config.train.recipe == "joint" and all(weights) and config.streams.get("region") is not None
 
 
 def make_processor(config: PretrainRun) -> Processor:
@@ -112,9 +140,10 @@ def make_processor(config: PretrainRun) -> Processor:
     text = config.model.text
     if processor.vocab_size != text.vocab_size:
         raise ConfigError(f"model.text.vocab_size is {text.vocab_size}, the tokenizer has {processor.vocab_size} words")
-    if config.processor.max_tokens > text.max_positions:
+    positions = text.max_positions - text.position_offset
+    if config.processor.max_tokens > positions:
         raise ConfigError(
-            f"processor.max_tokens is {config.processor.max_tokens}, model.text.max_positions only {text.max_positions}"
+            f"processor.max_tokens is {config.processor.max_tokens}, model.text has {positions} positions"
         )
     return processor
 
@@ -141,7 +170,9 @@ def dry(config: PretrainRun) -> PretrainRun:
         reader="scenes", out=out / "shards", splits={"train": 16, "test": 8}, scenes=scenes.SceneConfig(size=size)
     )
     streams = {
-        name: stream.model_copy(update={"shards": [out / "shards/train"], "images": 4 * distributed.world().size})
+        name: stream.model_copy(
+            update={"shards": [out / "shards/train"], "images": 4 * distributed.world().size, "kinds": ["region"]}
+        )
         for name, stream in config.streams.items()
         if stream is not None
     }

@@ -38,6 +38,21 @@ def test_retrieval_scores_are_the_matching_logits(world):
             torch.testing.assert_close(found.scores[:, column], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_each_direction_ranks_its_own_candidates(world):
+    """By brute force: the first of an image's (a text's) most similar ones by matching score must be its own."""
+    model, processor, shards = world
+    found = evaluate.retrieval(model, processor, shards, range(8), captions=2, top_k=3)
+    (_, images), *_ = list(records(shards, processor, range(8), 8))
+    with torch.inference_mode():
+        image = model.embed_image(model.encode_image(images))
+        similarity = image @ model.embed_text(model.encode_text(processor.texts(found.texts))).T
+    of, scores = found.text_image, found.scores
+    right = [int(of[max(similarity[i].topk(3).indices.tolist(), key=lambda t: scores[i, t])]) == i for i in range(8)]
+    assert found.numbers["image_to_text_r1"] == sum(right) / 8
+    right = [max(similarity[:, t].topk(3).indices.tolist(), key=lambda i: scores[i, t]) == of[t] for t in range(16)]
+    assert found.numbers["text_to_image_r1"] == sum(right) / 16
+
+
 def test_only_candidates_are_scored(world):
     model, processor, shards = world
     found = evaluate.retrieval(model, processor, shards, range(8), top_k=2)

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaForMaskedLM
 
 from xvlm.models.init import InitConfig, initial_model
 
@@ -46,6 +46,29 @@ def test_a_text_encoder_of_all_layers_is_bert(bert):
     with torch.no_grad():
         expected = theirs(texts.ids, attention_mask=texts.mask.long()).last_hidden_state[texts.mask]
         torch.testing.assert_close(model.eval().encode_text(texts).states, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_roberta_starts_counting_positions_behind_its_padding_id(tmp_path):
+    shape = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    shape |= {"max_position_embeddings": 18, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    theirs = RobertaForMaskedLM(RobertaConfig(**shape, num_hidden_layers=LAYERS)).eval()
+    theirs.save_pretrained(tmp_path)
+    changes = {"text_layers": LAYERS, "max_positions": 18, "token_types": 1, "norm_eps": 1e-5}
+    text = tiny.TEXT.model_copy(update=changes | {"position_offset": 2})
+    model, fresh = initial_model(tiny.CONFIG.model_copy(update={"text": text}), InitConfig(text=str(tmp_path)))
+    assert not any(name.startswith(("text.", "word_head.")) for name in fresh)
+    texts = tiny.texts(3, torch.Generator().manual_seed(0))
+    ids = torch.where(texts.mask, texts.ids, 1)  # RoBERTa tells padding by its id
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=texts.mask.long(), output_hidden_states=True)
+        words = model.eval().encode_text(texts)
+        torch.testing.assert_close(words.states, expected.hidden_states[-1][texts.mask], atol=1e-5, rtol=1e-5)
+        guesses = model.guess_words(words.states)
+        torch.testing.assert_close(guesses, expected.logits[texts.mask], atol=1e-5, rtol=1e-5)
+
+    wrong = tiny.CONFIG.model_copy(update={"text": tiny.TEXT.model_copy(update=changes)})
+    with pytest.raises(ValueError, match=r"first word has position 2, but model\.text\.position_offset is 0"):
+        initial_model(wrong, InitConfig(text=str(tmp_path)))
 
 
 @pytest.mark.parametrize(("text_layers", "cross_layers"), [(1, 2), (5, 2), (2, 5)])

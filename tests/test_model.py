@@ -121,10 +121,54 @@ def test_any_trunk_gives_patches_in_reading_order(trunk, options, size, grid):
     assert changed.argmax() == grid[0] * grid[1] - 1
 
 
-def test_every_parameter_gets_a_gradient():
+VIT = VisionConfig(
+    trunk="vit_tiny_patch16_224",
+    options={"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2},
+    image_size=(32, 32),
+    local_layers=2,
+)
+
+
+def test_local_layers_see_the_class_token_and_the_box_alone():
+    encoder, batch = VisionEncoder(VIT).eval(), tiny.batch()
+    concepts = encoder(batch.images, batch.regions)
+    part = concepts.take(len(batch.images) + torch.arange(len(batch.texts.ids)))
+    assert len(concepts.patches) == len(batch.images) + (~batch.regions.whole).sum()  # nothing is encoded twice
+    shared = []
+    handle = encoder.trunk.blocks[1].register_forward_pre_hook(lambda _, inputs: shared.append(inputs[0]))
+    whole = encoder.trunk.forward_features(batch.images)
+    handle.remove()
+    for r, image in enumerate(batch.regions.image.tolist()):
+        inside = part.mask[r].nonzero()[:, 0]
+        seen = torch.cat([torch.zeros(1, dtype=torch.long), 1 + inside])
+        expected = encoder.trunk.norm(encoder.trunk.blocks[1:](shared[0][image : image + 1, seen]))[0]
+        if batch.regions.whole[r]:
+            torch.testing.assert_close(expected, whole[image], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(part.pooled[r], expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(part.patches[part.row[r], inside], expected[1:], atol=1e-5, rtol=1e-5)
+
+
+def test_local_layers_leave_whole_images_alone():
+    encoder, batch = VisionEncoder(VIT).eval(), tiny.batch(whole=True)
+    plain, captions = encoder(batch.images), encoder(batch.images, batch.regions)
+    assert torch.equal(captions.patches, plain.patches)
+    assert torch.equal(captions.row, plain.row.repeat(2)) and torch.equal(captions.pooled, plain.pooled.repeat(2, 1))
+
+
+def test_local_layers_that_cannot_be_are_errors():
+    with pytest.raises(ValueError, match="nothing is pooled"):
+        VisionConfig(local_layers=2, pooling="soft")
+    with pytest.raises(ValueError, match="local_layers needs a ViT with a class token, swin_tiny"):
+        VisionEncoder(tiny.VISION.model_copy(update={"local_layers": 1}))
+    with pytest.raises(ValueError, match="local_layers is 3, vit_tiny_patch16_224 has 3 blocks"):
+        VisionEncoder(VIT.model_copy(update={"local_layers": 3}))
+
+
+@pytest.mark.parametrize("vision", [tiny.VISION, VIT], ids=["swin", "vit"])
+def test_every_parameter_gets_a_gradient(vision):
     from xvlm.tasks.pretraining import PretrainingConfig, Task
 
-    task = Task(PretrainingConfig(), tiny.model())
+    task = Task(PretrainingConfig(), tiny.model(tiny.CONFIG.model_copy(update={"vision": vision})))
     sum(task({"region": tiny.batch()}).values()).backward()
     without = [name for name, p in task.named_parameters() if p.grad is None]
     assert without == []

@@ -297,19 +297,30 @@ def test_kinds_choose_what_is_read(folders, processor):
     assert set(said(batches(config, processor, 1)[0])) == {"red"}
 
 
-@pytest.mark.parametrize(("captions", "told"), [("first", {"left"}), ("any", {"left", "right", "the"}), ("all", None)])
-def test_captions_are_the_first_any_or_all_of_a_record(tmp_path, processor, captions, told):
-    """All of them come in any order, and before `max_regions` cuts; the first two texts of an image are captions."""
+def told(tmp_path, processor, **more) -> list[Batch]:
+    """Forty visits of one record with three captions, which are `left`, `right` and `the`."""
     record = made(0)[0].model_copy(update={"captions": ["left", "right", "the"], "phrases": []})
     write_shards([(record, made(0)[1])], tmp_path / "s", progress=False)
-    config = stream([tmp_path / "s"], captions=captions, images=1, max_regions=2, augment=STILL)
-    read = batches(config, processor, 40)
-    if captions == "all":
-        assert {tuple(sorted(said(batch))) for batch in read} == {("left", "right"), ("left", "the"), ("right", "the")}
-        assert all(batch.regions.whole.all() for batch in read)
-    else:
-        assert {said(batch)[0] for batch in read} == told
-        assert all(batch.regions.whole.tolist() == [True, False] for batch in read)
+    return batches(stream([tmp_path / "s"], images=1, augment=STILL, **more), processor, 40)
+
+
+@pytest.mark.parametrize(("captions", "expected"), [("first", {"left"}), ("any", {"left", "right", "the"})])
+def test_captions_are_the_first_or_any_of_a_record(tmp_path, processor, captions, expected):
+    read = told(tmp_path, processor, captions=captions, max_regions=2)
+    assert {said(batch)[0] for batch in read} == expected
+    assert all(batch.regions.whole.tolist() == [True, False] for batch in read)
+
+
+def test_several_captions_of_a_record_are_different_ones(tmp_path, processor):
+    read = told(tmp_path, processor, max_captions=2, max_regions=3)
+    pairs = {("left", "right"), ("left", "the"), ("right", "the")}
+    assert {tuple(sorted(said(batch)[:2])) for batch in read} == pairs
+    assert all(batch.regions.whole.tolist() == [True, True, False] for batch in read)
+
+
+def test_captions_that_leave_no_room_for_regions_are_refused(folders):
+    with pytest.raises(ValueError, match="max_captions 5 leave no region among the 5 texts"):
+        stream(folders, max_captions=5, max_regions=5)
 
 
 # Broken samples.

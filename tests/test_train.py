@@ -10,6 +10,7 @@ import torch
 
 from xvlm import train
 from xvlm.config import ConfigError, Configured
+from xvlm.models.vision import VisionConfig, VisionEncoder
 from xvlm.optim import OptimConfig, decays, lr_factor, make_optimizer, parameter_groups
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 
@@ -85,6 +86,28 @@ def test_only_the_newest_states_are_kept_and_unfinished_ones_do_not_count(tmp_pa
     assert sorted(p.name for p in states.iterdir()) == ["00000005", "00000006"]
     (states / ".unfinished").mkdir()
     assert train.states(tmp_path / "run")[0].name == "00000006"
+
+
+def test_training_is_in_training_mode_and_statistics_stay_where_they_are_frozen(tmp_path):
+    """Whatever mode the task came in, and with no evaluation before that would have set it."""
+    vision = VisionConfig(trunk="resnet10t", image_size=(32, 32), freeze_statistics=True)
+    task = Task(PretrainingConfig(), tiny.model(tiny.CONFIG.model_copy(update={"vision": vision})).eval())
+    seen = {}
+    task.model.text.register_forward_hook(lambda *_: seen.update(text=task.model.text.training))
+    before = {name: buffer.clone() for name, buffer in task.named_buffers()}
+    (tmp_path / "run").mkdir()
+    config = train.TrainConfig(steps=2)
+    train.fit(task, STREAMS, config, OPTIM, tmp_path / "run", train.make_accelerator(config, tmp_path / "run"))
+    assert seen == {"text": True} and len(before) > 10
+    assert all(torch.equal(buffer, before[name]) for name, buffer in task.named_buffers())
+
+
+def test_frozen_statistics_are_frozen_from_birth():
+    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    for freeze in (True, False):
+        encoder = VisionEncoder(VisionConfig(trunk="resnet10t", image_size=(32, 32), freeze_statistics=freeze))
+        norms = [module for module in encoder.modules() if isinstance(module, batch_norm)]
+        assert norms and all(norm.training is not freeze for norm in norms) and encoder.training
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, caplog):
@@ -164,6 +187,16 @@ def test_parameter_groups():
     assert not any(name.startswith("vision.") for names in found.values() for name in names)
     assert not model.vision.trunk.patch_embed.proj.weight.requires_grad
     assert "temperature" in found[0.0, 1.0] and "text.words.weight" in found[0.5, 1.0]
+    scaled = OptimConfig(new_layers_lr=3.0, scales={"text.": 0.5, "text.words": 0.25})
+    rates = {
+        name: group["lr_scale"]
+        for group in parameter_groups(model, scaled, fresh=["text.norm.bias"])
+        for name in group["names"]
+    }
+    assert (rates["text.norm.weight"], rates["text.norm.bias"], rates["text.words.weight"]) == (0.5, 1.5, 0.25)
+    assert rates["cross.layers.0.norm.bias"] == 1.0
+    with pytest.raises(ValueError, match=r"optim\.scales: no parameter begins with 'txet'"):
+        parameter_groups(model, OptimConfig(scales={"txet": 1.0}))
     with pytest.raises(ValueError, match="no parameter begins with 'visoin'"):
         parameter_groups(model, OptimConfig(freeze=["visoin"]))
     with pytest.raises(ValueError, match=r"does not have: .'nonesuch'"):

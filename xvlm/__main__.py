@@ -10,6 +10,7 @@ import typer
 
 from xvlm import hub
 from xvlm.config import ConfigError
+from xvlm.data.shards import BrokenSample
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Sources of data and shards.")
@@ -180,11 +181,13 @@ def data_pack(
     folder: Annotated[Path | None, typer.Option(help="Folder of the public data.")] = None,
     split: Annotated[str, typer.Option(help="Which part.")] = "train",
     limit: Annotated[int | None, typer.Option(help="Records at most (scenes need a number).")] = None,
+    allow_missing: Annotated[bool, typer.Option(help="Leave absent photographs out, and say how many.")] = False,
 ) -> None:
     """Pack a source into tar shards."""
     from xvlm.data.pack import CorpusConfig, pack
 
-    config = CorpusConfig.model_validate({"reader": reader, "out": out, "folder": folder, "splits": {split: limit}})
+    asked = {"reader": reader, "out": out, "folder": folder, "splits": {split: limit}, "allow_missing": allow_missing}
+    config = CorpusConfig.model_validate(asked)
     typer.echo(f"{out / split}: {len(pack(config)[split])} records")
 
 
@@ -216,7 +219,7 @@ def data_show(
 def main() -> None:
     try:
         app()
-    except (ConfigError, ValueError, OSError) as error:
+    except (ConfigError, ValueError, OSError, BrokenSample) as error:
         sys.exit(f"error: {error}")
 
 

@@ -85,12 +85,6 @@ def check_inside(boxes_xyxy: Float[Tensor, "n 4"], width: int, height: int) -> N
         )
 
 
-def hflip(boxes_xyxy: Float[Tensor, "*n 4"], width: float) -> Float[Tensor, "*n 4"]:
-    """Boxes of the image mirrored left to right."""
-    left, top, right, bottom = boxes_xyxy.unbind(-1)
-    return torch.stack([width - right, top, width - left, bottom], -1)
-
-
 def merge(boxes_xyxy: Float[Tensor, "n 4"]) -> Float[Tensor, "4"]:
     """The smallest box around all the given ones (Flickr30k Entities' "merged box")."""
     return torch.cat([boxes_xyxy[:, :2].amin(0), boxes_xyxy[:, 2:].amax(0)])

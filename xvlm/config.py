@@ -77,7 +77,10 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise ConfigError(f"{override!r}: expected key=value, for example optim.lr=1e-4")
-        nested: Any = parse_yaml(text)
+        try:
+            nested: Any = parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: {text!r} is not readable as YAML: {error}") from None
         for key in reversed(path.split(".")):
             nested = {key: nested}
         values = merge(values, nested)

@@ -56,8 +56,8 @@ def retrieval(
 ) -> Retrieved:
     """Image-text retrieval as X-VLM reports it: candidates by contrast, re-ranked by the matching head.
 
-    Each image's ``top_k`` texts and each text's ``top_k`` images by similarity are scored once by fusing the pair
-    (reference ``Retrieval.py:evaluation``); everything else ranks below.
+    An image ranks its ``top_k`` most similar texts, a text its ``top_k`` most similar images; everything else ranks
+    below (reference ``Retrieval.py:evaluation``). A pair that both ask for is fused and scored once.
 
     Args:
         indices: the gallery, positions in ``shards``.
@@ -82,13 +82,20 @@ def retrieval(
     gallery = _whole_images(torch.cat(patches), torch.cat(pooled), model.vision.grid)
     words = concatenate([_encode_texts(model, processor, part) for part in _chunks(texts, 256)])
     similarity = model.embed_image(gallery) @ model.embed_text(words).T
-    candidate = torch.zeros_like(similarity, dtype=torch.bool)
-    candidate.scatter_(1, similarity.topk(min(top_k, similarity.shape[1]), 1).indices, True)
-    candidate.scatter_(0, similarity.topk(min(top_k, similarity.shape[0]), 0).indices, True)
-    scores = _rerank(model, gallery, words, candidate)
+    by_image, by_text = (
+        torch.zeros_like(similarity, dtype=torch.bool).scatter_(
+            dim, similarity.topk(min(top_k, similarity.shape[dim]), dim).indices, True
+        )
+        for dim in (1, 0)
+    )
+    scores = _rerank(model, gallery, words, by_image | by_text)
     of = torch.tensor(text_image)
+    numbers = {}
+    for direction, candidate in (("image_to_text", by_image), ("text_to_image", by_text)):
+        ranked = metrics.recall_at_k(scores.masked_fill(~candidate.cpu(), -torch.inf), of)
+        numbers |= {name: value for name, value in ranked.items() if name.startswith(direction)}
     contrast = metrics.recall_at_k(similarity.float().cpu(), of)
-    numbers = metrics.recall_at_k(scores, of) | {f"{name}_without_reranking": v for name, v in contrast.items()}
+    numbers |= {f"{name}_without_reranking": value for name, value in contrast.items()}
     return Retrieved(numbers, scores, texts, of, gallery_indices)
 
 

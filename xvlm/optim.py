@@ -13,6 +13,7 @@ class OptimConfig(Configured):
     lr: float = 1e-4
     weight_decay: float = 0.01
     new_layers_lr: float = 2.0  # the rate of layers that start fresh is lr times this (X-VLM's lr_mult)
+    scales: dict[str, float] = {}  # prefix of parameter names -> factor of their rate; of several, the longest counts
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     warmup: float = 2500  # updates; below 1: share of all updates
@@ -29,29 +30,33 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig, fresh: Iterable[str] = ()) -> list[dict]:
-    """Parameters that learn, in up to four groups: decayed or not, at the plain or the new layers' rate.
+    """Parameters that learn, grouped: decayed or not, at the plain or the new layers' rate (and by ``scales``).
 
     Args:
         fresh: names that start from random values while others are pre-trained; their rate is multiplied.
 
     Raises:
-        ValueError: a name in ``fresh`` or a prefix in ``config.freeze`` that the model does not have.
+        ValueError: a name in ``fresh`` or a prefix in ``freeze`` or ``scales`` that the model does not have.
     """
     named = dict(model.named_parameters())
     fresh = set(fresh)
     if unknown := fresh - named.keys():
         raise ValueError(f"fresh parameters the model does not have: {sorted(unknown)}")
-    for prefix in config.freeze:
-        if not any(name.startswith(prefix) for name in named):
-            raise ValueError(f"optim.freeze: no parameter begins with {prefix!r}")
-    groups: dict[tuple[bool, bool], dict] = {}
+    for field, prefixes in (("freeze", config.freeze), ("scales", config.scales)):
+        for prefix in prefixes:
+            if not any(name.startswith(prefix) for name in named):
+                raise ValueError(f"optim.{field}: no parameter begins with {prefix!r}")
+    groups: dict[tuple[bool, float], dict] = {}
     for name, parameter in named.items():
         if name.startswith(tuple(config.freeze)):
             parameter.requires_grad_(False)
             continue
-        key = (decays(name, parameter), name in fresh)
-        decay, scale = (config.weight_decay if key[0] else 0.0), (config.new_layers_lr if key[1] else 1.0)
-        group = groups.setdefault(key, {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
+        prefix = max((prefix for prefix in config.scales if name.startswith(prefix)), key=len, default=None)
+        scale = (config.new_layers_lr if name in fresh else 1.0) * (1.0 if prefix is None else config.scales[prefix])
+        decay = config.weight_decay if decays(name, parameter) else 0.0
+        group = groups.setdefault(
+            (decay > 0, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())

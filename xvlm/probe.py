@@ -138,10 +138,18 @@ def as_text(table: report.Table) -> str:
     return "\n".join([table.title, *lines])
 
 
-def facts(seed: int, minutes: float, device: torch.device = _CPU) -> dict[str, str | float | int]:
-    """Provenance: what produced these numbers."""
+def note_commit(out: Path) -> None:
+    """Write into a run folder which commit works on it; a run that is continued may have several."""
+    file = out / "commits.txt"
+    known = file.read_text().split() if file.exists() else []
+    if (now := commit()) not in known:
+        hub.write_atomically(file, "\n".join([*known, now]) + "\n")
+
+
+def facts(out: Path, seed: int, minutes: float, device: torch.device = _CPU) -> dict[str, str | float | int]:
+    """Provenance: what produced the numbers of a run; its commits are those noted in the run folder."""
     return {
-        "commit": commit(),
+        "commit": ", ".join((out / "commits.txt").read_text().split()),
         "seed": seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor_name()}",
         "torch": torch.__version__,

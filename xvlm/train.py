@@ -12,12 +12,13 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,6 +29,8 @@ from xvlm.optim import OptimConfig, lr_factor, make_optimizer, set_lr
 from xvlm.types import Batch
 
 logger = logging.getLogger(__name__)
+
+ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
 
 Open = Callable[[int], Iterator[Batch]]  # a stream of batches from the given batch number on
 
@@ -61,7 +64,10 @@ def make_accelerator(config: TrainConfig, out: Path, *, all_heads: bool = False)
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(out)),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not all_heads)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=not all_heads),
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),  # the others wait while the first packs a corpus
+        ],
     )
 
 
@@ -112,6 +118,7 @@ def fit(
     """
     optimizer = make_optimizer(task, optim, fresh)
     step, positions = _restore(out, task, optimizer, streams)
+    task.train()
     model, optimizer = accelerator.prepare(task, optimizer)
     opened: dict[str, Iterator[Batch]] = {}
     log = _Log(out, accelerator, step, config)
@@ -308,6 +315,7 @@ class _StopRequest:
 
     def __init__(self):
         self.signalled = False
+        self.every, self.asked = 1, time.perf_counter()
 
     def __enter__(self) -> None:
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -322,11 +330,15 @@ class _StopRequest:
 
     def requested(self) -> bool:
         """Whether any process was asked: all of them leave after the same step."""
-        return any(distributed.gather_objects(self.signalled))
+        told = distributed.gather_objects((self.signalled, time.perf_counter() - self.asked))
+        seconds = max(seconds for _, seconds in told)  # the same on all processes, so that they agree on the next time
+        self.every = min(100, max(1, round(self.every * ASK_EVERY / max(seconds, 1e-6))))
+        self.asked = time.perf_counter()
+        return any(signalled for signalled, _ in told)
 
     def due(self, step: int) -> bool:
-        """Whether to ask: several processes talk about it every tenth step only, because each time they all wait."""
-        return distributed.world().size == 1 or step % 10 == 0
+        """Whether to ask: several processes do it every few seconds only, because each time they all wait."""
+        return distributed.world().size == 1 or step % self.every == 0
 
 
 def _flat(values, prefix: str = "") -> dict[str, object]:

@@ -21,6 +21,7 @@ class CorpusConfig(Configured):
     reader: Literal["scenes", "flickr30k_entities", "coco"]
     out: Path
     folder: Path | None = None  # of the public data; scenes need none
+    allow_missing: bool = False  # leave photographs out that are listed but absent, and say how many
     splits: dict[str, int | None]  # how many records at most; null: all
     scenes: SceneConfig = SceneConfig()
 
@@ -50,7 +51,9 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
 def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
     """What the shards of a split depend on, as their index keeps it."""
     description = {"reader": config.reader, "split": split, "limit": limit}
-    return description | ({"scenes": config.scenes.model_dump(mode="json")} if config.reader == "scenes" else {})
+    if config.reader == "scenes":
+        return description | {"version": scenes.VERSION, "scenes": config.scenes.model_dump(mode="json")}
+    return description | {"folder": str(config.folder.resolve()) if config.folder else None}
 
 
 def read(config: CorpusConfig, split: str, limit: int | None) -> Iterator[tuple[Record, bytes]]:
@@ -62,4 +65,4 @@ def read(config: CorpusConfig, split: str, limit: int | None) -> Iterator[tuple[
     if config.folder is None:
         raise ValueError(f"corpus.folder: the reader {config.reader} needs the folder of the data (corpus.folder=...)")
     reader = {"flickr30k_entities": flickr30k_entities, "coco": coco}[config.reader]
-    return islice(reader.read(config.folder, split), limit)
+    return islice(reader.read(config.folder, split, allow_missing=config.allow_missing), limit)

@@ -51,16 +51,25 @@ class StreamConfig(Configured):
     shards: Annotated[list[Path], Field(min_length=1)]  # folders; read as one
     grain: Grain
     images: Count  # of an update, over all processes
-    max_regions: Count = 5  # texts of an image; its captions are among them
+    max_regions: Count = 5  # texts of an image; its captions are among them, and come first
     max_texts: Count | None = None  # of an update, over all processes; more are dropped at random
     with_caption: bool = True  # in a region stream: what is said about the whole image too, where there is something
-    captions: Literal["any", "first", "all"] = "any"  # which of a record's captions; the first of a scene is complete
+    captions: Literal["any", "first"] = "any"  # which of a record's captions; the first of a scene is complete
+    max_captions: Count = 1  # of an image
     kinds: Annotated[list[Kind], Field(min_length=1)] = ["region", "object", "phrase", "expression"]
     # adjectives before an object's label: one at random (X-VLM), all, or each with probability 1/2
     attributes: Literal["one", "all", "some"] = "one"
     augment: AugmentConfig = AugmentConfig()
     workers: Annotated[int, Field(ge=0)] = 2
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+    @model_validator(mode="after")
+    def captions_leave_room_for_regions(self) -> "StreamConfig":
+        if self.grain == "region" and self.with_caption and 1 < self.max_regions <= self.max_captions:
+            raise ValueError(
+                f"max_captions {self.max_captions} leave no region among the {self.max_regions} texts of an image"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -202,10 +211,12 @@ def mentions(
     return found
 
 
-def _captions(record: Record, which: Literal["any", "first", "all"], rng: Random) -> list[str]:
-    if which == "any":
+def _captions(record: Record, config: StreamConfig, rng: Random) -> list[str]:
+    if config.captions == "first":
+        return record.captions[: config.max_captions]
+    if config.max_captions == 1:  # as the reference draws it
         return [rng.choice(record.captions)]
-    return record.captions[:1] if which == "first" else rng.sample(record.captions, len(record.captions))
+    return rng.sample(record.captions, min(config.max_captions, len(record.captions)))
 
 
 def _object_text(thing: Object, attributes: Literal["one", "all", "some"], rng: Random) -> str:
@@ -265,7 +276,7 @@ class _Stream(Dataset):
         record, image = read_image(shards, i)
         rng = Random(f"{self.seed} {epoch} {index} {config.grain}")
         captioned = bool(record.captions) and (config.grain == "caption" or config.with_caption)
-        captions = _captions(record, config.captions, rng) if captioned else []
+        captions = _captions(record, config, rng) if captioned else []
         parts = mentions(record, config.kinds, config.attributes, rng) if config.grain == "region" else []
         if not (parts if config.grain == "region" else captions):
             wanted = "caption" if config.grain == "caption" else f"{', '.join(config.kinds)} with a box"

@@ -27,6 +27,7 @@ from xvlm.data.scene_language import Speaker
 from xvlm.data.scene_language import vocabulary as vocabulary
 from xvlm.data.scene_words import COLOURS, HELD_OUT, SHAPES, SIZES, TEXTURES, Attributes, Layout, Thing
 
+VERSION = 1  # of what is drawn and said; raised when the same configuration gives other scenes
 Split = Literal["train", "val", "test"]
 Range = tuple[float, float]
 
@@ -114,7 +115,7 @@ def sample_scene(config: SceneConfig, split: Split, index: int) -> Scene:
     """The scene at ``index`` of a split: the same for the same arguments, on any machine.
 
     Raises:
-        RuntimeError: the objects do not fit: too many or too large for ``max_overlap``.
+        ValueError: the objects do not fit: too many or too large for ``max_overlap``.
     """
     random = Random(f"scene/{config.seed}/{split}/{index}")
     for _ in range(200):
@@ -123,7 +124,7 @@ def sample_scene(config: SceneConfig, split: Split, index: int) -> Scene:
         layout = place_things(config, random, every)
         if layout:
             return Scene(config, split, index, layout, sample_background(config, random))
-    raise RuntimeError(f"no room for {config.min_objects} to {config.max_objects} objects with {config!r}")
+    raise ValueError(f"no room for {config.min_objects} to {config.max_objects} objects with {config!r}")
 
 
 def sample_attributes(random: Random, count: int, unseen: bool) -> list[Attributes]:

@@ -7,8 +7,7 @@ A packed folder holds ``000000.tar``, ``000001.tar``, ... with members ``<id>.jp
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -18,6 +17,7 @@ from jaxtyping import Int
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from xvlm import hub
 from xvlm.config import Configured
 from xvlm.data.records import Record
 
@@ -90,15 +90,14 @@ def write_shards(
         if leftover.name not in written:
             leftover.unlink()
     index = Index(description=description or {}, counts=dict(counts), shards=shards)
-    with _replacing(folder / INDEX) as file:
-        file.write(index.model_dump_json().encode())
+    hub.write_atomically(folder / INDEX, index.model_dump_json())
     return index
 
 
 def _write_shard(samples: Sequence[tuple[Record, bytes]], path: Path) -> Shard:
     from webdataset.writer import TarWriter
 
-    with _replacing(path) as file:
+    with hub.replacing(path) as unfinished, unfinished.open("wb") as file:
         # pax, because ustar has no room for names above 100 bytes
         writer = TarWriter(file, encoder=False, mtime=0, user="xvlm", group="xvlm", mode=0o644, format="PAX_FORMAT")
         with writer:
@@ -135,17 +134,6 @@ def _image_suffix(record: Record, image: bytes) -> str:
 def _counts(record: Record) -> dict[str, int]:
     said = ("captions", "regions", "objects", "phrases", "expressions", "questions", "statements")
     return {"records": 1} | {name: len(getattr(record, name)) for name in said}
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` to write to; it takes its place, safe on disk, once the body has finished."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 class Shards:

@@ -155,8 +155,8 @@ def official(
     renamed, dropped, unknown = _names(state, config.text.text_layers)
     with torch.device("meta"):  # shapes only: nothing is allocated before everything is known to fit
         target = XVLM(config).state_dict()
-    ours = {new: state[name] for name, new in renamed.items()}
-    left = unknown + [name for name, new in renamed.items() if new not in target]
+    ours = convert.official(state, config.text.text_layers)
+    left = sorted(unknown + [name for name, new in renamed.items() if new not in target])
     missing = [name for name in target if name not in ours]
     if left or missing:
         parts = [f"left over in the file: {', '.join(left)}"] * bool(left)
@@ -174,21 +174,18 @@ def official(
 
 def _names(state: State, text_layers: int) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Name in the file -> ours, name -> why it is dropped, and names without a rule or a place of their own."""
-    renamed, dropped, unknown, taken = {}, {}, [], set()
-    for name, tensor in state.items():
-        try:
-            new = next(iter(convert.official({name: tensor}, text_layers)), None)
-        except ValueError:
-            unknown.append(name)
-            continue
-        if new is not None and new not in taken:
-            renamed[name] = new
-            taken.add(new)
-        elif why := next((why for pattern, why in _DROPPED.items() if re.search(rf"({pattern})$", name)), None):
+    names = list(state)
+    numbered = {name: torch.tensor([i]) for i, name in enumerate(names)}  # the rules look at names alone
+    converted = convert.official(numbered, text_layers)
+    renamed = {names[i]: new for new, numbers in converted.items() for i in numbers.flatten().tolist()}
+    dropped, unknown = {}, []
+    for name in names:
+        why = next((why for pattern, why in _DROPPED.items() if re.search(rf"({pattern})$", name)), None)
+        if name not in renamed and why is not None:
             dropped[name] = why
-        else:
+        elif name not in renamed:
             unknown.append(name)
-    return renamed, dropped, unknown
+    return {name: renamed[name] for name in names if name in renamed}, dropped, unknown
 
 
 def _vision(state: State, image_size: int | None) -> VisionConfig:

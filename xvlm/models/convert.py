@@ -1,7 +1,7 @@
 """State dicts of other systems into ours: tables of names, nothing else.
 
-Each function is pure: names and tensors in, names and tensors out. What comes out is then loaded strictly, so a name
-that no rule knows is an error and not a half-loaded model.
+Each function is pure: names and tensors in, names and tensors out. A name that no rule knows stays as it is. What comes
+out is then loaded strictly: one error lists every tensor that found no place and every place that found no tensor.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
-# BERT's names (with X-VLM's cross-attention) within one layer.
+# BERT's and RoBERTa's names (with X-VLM's cross-attention) within one layer.
 _LAYER = {
     r"attention\.self\.(query|key|value)\.": r"attention.\1.",
     r"attention\.output\.dense\.": r"attention.out.",
@@ -34,9 +34,29 @@ _REST = {
     r"cls\.predictions\.transform\.dense\.": r"word_head.dense.",
     r"cls\.predictions\.transform\.LayerNorm\.": r"word_head.norm.",
     r"cls\.predictions\.bias$": r"word_head.bias",
+    r"lm_head\.dense\.": r"word_head.dense.",
+    r"lm_head\.layer_norm\.": r"word_head.norm.",
+    r"lm_head\.bias$": r"word_head.bias",
 }
 # Buffers that are rebuilt, the second names of tied tensors, and BERT's pooler and next-sentence head.
-_DROPPED = r"(embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)|pooler\..*|cls\.seq_relationship\..*)$"
+_DROPPED = "|".join(
+    [
+        r"embeddings\.position_ids$",
+        r"(cls\.predictions|lm_head)\.decoder\.(weight|bias)$",
+        r"pooler\.",
+        r"cls\.seq_relationship\.",
+    ]
+)
+
+# The names of X-VLM's CLIP-ViT, which are those of transformers' CLIP without the outer ones.
+_CLIP = {
+    r"patch_embed\.weight$": r"patch_embed.proj.weight",
+    r"pre_layrnorm\.": r"norm_pre.",
+    r"post_layernorm\.": r"norm.",
+    r"encoder\.layers\.(\d+)\.self_attn\.out_proj\.": r"blocks.\1.attn.proj.",
+    r"encoder\.layers\.(\d+)\.layer_norm([12])\.": r"blocks.\1.norm\2.",
+    r"encoder\.layers\.(\d+)\.mlp\.": r"blocks.\1.mlp.",
+}
 
 _OFFICIAL = {
     r"temp$": "temperature",
@@ -48,21 +68,21 @@ _OFFICIAL = {
 
 
 def bert(state: State, text_layers: int) -> State:
-    """A BERT-family state dict (bert-base-uncased, MiniLM, X-VLM's) -> text encoder, cross encoder, word head.
+    """A BERT-family state dict (BERT, RoBERTa, MiniLM, X-VLM's) -> text encoder, cross encoder, word head.
 
     Args:
         text_layers: how many layers make the text encoder; the layers above become the cross encoder.
     """
 
     def rename(name: str) -> str | None:
-        name = name.removeprefix("bert.")
-        if re.match(_DROPPED, name):
+        inner = re.sub(r"^(text_encoder\.)?(bert\.|roberta\.)?", "", name)
+        if re.match(_DROPPED, inner):
             return None
-        if found := re.match(r"encoder\.layer\.(\d+)\.(.*)", name):
+        if found := re.match(r"encoder\.layer\.(\d+)\.(.*)", inner):
             number, inside = int(found[1]), _by_table(_LAYER, found[2])
             upper = number >= text_layers
             return f"cross.layers.{number - text_layers}.{inside}" if upper else f"text.layers.{number}.{inside}"
-        return _by_table(_REST, name)
+        return _by_table(_REST, inner, unknown=name)
 
     return _renamed(state, rename)
 
@@ -78,13 +98,33 @@ def swin(state: State) -> State:
     return _renamed(state, rename)
 
 
+def clip_vit(state: State) -> State:
+    """The official CLIP-ViT layout -> timm's: one matrix for query, key and value; positions as a plain tensor."""
+    converted = _renamed(state, lambda name: None if name == "position_ids" else _by_table(_CLIP, name))
+    for theirs, ours in (("class_embedding", "cls_token"), ("pos_embed.weight", "pos_embed")):
+        if theirs in converted:
+            tensor = converted.pop(theirs)
+            converted[ours] = tensor.reshape(1, -1, tensor.shape[-1])
+    for query in [name for name in converted if ".self_attn.q_proj." in name]:
+        names = [query.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        if converted.keys() >= set(names):
+            joined = re.sub(r"encoder\.layers\.(\d+)\.self_attn\.q_proj", r"blocks.\1.attn.qkv", query)
+            converted[joined] = torch.cat([converted.pop(name) for name in names])
+    return converted
+
+
 def official(state: State, text_layers: int) -> State:
-    """An official X-VLM pre-training state dict with a Swin trunk -> :class:`xvlm.XVLM`."""
-    parts = {"vision_encoder.": {}, "text_encoder.": {}, "": {}}
+    """An official X-VLM pre-training state dict, with any of its image and text encoders -> :class:`xvlm.XVLM`."""
+    parts: dict[str, State] = {"vision_encoder.": {}, "text_encoder.": {}, "": {}}
     for name, tensor in state.items():
         prefix = next(p for p in parts if name.startswith(p))
-        parts[prefix][name.removeprefix(prefix)] = tensor
-    vision = {f"vision.trunk.{name}": tensor for name, tensor in swin(parts["vision_encoder."]).items()}
+        parts[prefix][name] = tensor
+    vision = {name.removeprefix("vision_encoder."): tensor for name, tensor in parts["vision_encoder."].items()}
+    if "class_embedding" in vision:
+        vision = clip_vit(vision)
+    elif "cls_token" not in vision:  # the plain ViT has timm's names
+        vision = swin(vision)
+    vision = {f"vision.trunk.{name}": tensor for name, tensor in vision.items()}
     rest = _renamed(parts[""], lambda name: _by_table(_OFFICIAL, name))
     return vision | bert(parts["text_encoder."], text_layers) | rest
 
@@ -112,11 +152,12 @@ def in_order(state: State, target: State) -> State:
     return converted
 
 
-def _by_table(table: dict[str, str], name: str) -> str:
+def _by_table(table: dict[str, str], name: str, unknown: str | None = None) -> str:
+    """The name by the first rule that fits, or ``unknown`` (the name itself) by none."""
     for pattern, replacement in table.items():
         if re.match(pattern, name):
             return re.sub(pattern, replacement, name, count=1)
-    raise ValueError(f"no rule for the tensor {name!r}")
+    return name if unknown is None else unknown
 
 
 def _renamed(state: State, rename: Callable[[str], str | None]) -> State:

@@ -31,6 +31,8 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
         ValueError: weights that do not fit the configuration, by name.
     """
     if init.model is not None:
+        if init.vision is not None or init.text is not None:
+            raise ValueError("init.model is a whole model; init.vision and init.text are for one that is put together")
         model = XVLM.from_pretrained(init.model).train()
         if model.config != config:
             raise ValueError(
@@ -64,6 +66,12 @@ def _text_weights(model: XVLM, name: str) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"init.text {name}: {layers} layers with {heads} heads, "
             f"but model.text asks for {text.text_layers} + {text.cross_layers} layers with {text.heads} heads"
+        )
+    offset = theirs["pad_token_id"] + 1 if theirs.get("model_type") in ("roberta", "xlm-roberta") else 0
+    if text.position_offset != offset:  # any offset would load: the tables have the same shape
+        raise ValueError(
+            f"init.text {name} is a {theirs.get('model_type')}: its first word has position {offset}, "
+            f"but model.text.position_offset is {text.position_offset}"
         )
     state = convert.read_checkpoint(folder / "model.safetensors")
     reads, fuses = convert.bert(state, text.text_layers), convert.bert(state, layers - text.cross_layers)

@@ -7,90 +7,43 @@ section 3.2; reference ``models/xbert.py``).
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from xvlm.config import Configured
+from xvlm.models.packing import Packing, Page
 from xvlm.types import Concepts, Texts, Words
 
 
 class TextConfig(Configured):
-    """Shape of the BERT stack; the defaults are bert-base-uncased as X-VLM uses it."""
+    """Shape of the BERT stack; the defaults are bert-base-uncased as X-VLM uses it.
+
+    roberta-base: ``vocab_size: 50265, max_positions: 514, position_offset: 2, token_types: 1, norm_eps: 1e-5``.
+    """
 
     vocab_size: int = 30522
     dim: int = 768
     heads: int = 12
     feed_forward: int = 3072
-    text_layers: int = 6  # the text encoder
-    cross_layers: int = 6  # the cross encoder: these also look at the image
-    max_positions: int = 512
+    text_layers: Annotated[int, Field(ge=1)] = 6  # the text encoder
+    cross_layers: Annotated[int, Field(ge=1)] = 6  # the cross encoder: these also look at the image
+    max_positions: int = 512  # rows of the position table
+    position_offset: int = 0  # row of the first word; RoBERTa leaves the rows up to its padding id, 1, unused
     token_types: int = 2
     dropout: float = 0.1
     norm_eps: float = 1e-12
 
-
-@dataclass(frozen=True)
-class Packing:
-    """Where packed tokens sit in a padded layout of groups (texts, or images) by slots."""
-
-    groups: int
-    slots: int
-    position: Int[Tensor, "token"]  # in the flattened padded layout
-
-    @classmethod
-    def by(cls, group: Int[Tensor, "token"], groups: int) -> "Packing":
-        """Tokens of a group side by side, in their order."""
-        counts = torch.bincount(group, minlength=groups)
-        order = group.argsort(stable=True)
-        slot = torch.empty_like(group)
-        slot[order] = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group[order]]
-        slots = int(counts.max())
-        return cls(groups, slots, group * slots + slot)
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """(token, …) -> (group, slot, …), zeros where there is no token."""
-        flat = packed.new_zeros(self.groups * self.slots, *packed.shape[1:]).index_copy_(0, self.position, packed)
-        return flat.unflatten(0, (self.groups, self.slots))
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """(group, slot, …) -> (token, …)."""
-        return padded.flatten(0, 1).index_select(0, self.position)
-
-
-@dataclass(frozen=True)
-class Page:
-    """Texts laid out for self-attention: several short texts share a group, so that little of it is padding."""
-
-    text: Int[Tensor, "token"]
-    packing: Packing
-    group_of_text: Int[Tensor, "text"]
-
-    @classmethod
-    def of(cls, mask: Bool[Tensor, "text word"]) -> "Page":
-        lengths = mask.sum(1).tolist()
-        room, used, group, groups = max(lengths), 0, 0, []
-        for length in lengths:
-            if used + length > room:
-                group, used = group + 1, 0
-            used += length
-            groups.append(group)
-        group_of_text = torch.tensor(groups, device=mask.device)
-        text = mask.nonzero()[:, 0]
-        return cls(text, Packing.by(group_of_text[text], group + 1), group_of_text)
-
-    def part(self, only: Bool[Tensor, "text word"]) -> "Page":
-        """Some words of the same texts, in the same groups."""
-        text = only.nonzero()[:, 0]
-        return Page(text, Packing.by(self.group_of_text[text], self.packing.groups), self.group_of_text)
-
-    def sees(self, other: "Page") -> Bool[Tensor, "group slot other"]:
-        """Which words of ``other`` belong to the same text."""
-        mine, theirs = (page.packing.pad(page.text + 1) for page in (self, other))
-        return mine[:, :, None] == theirs[:, None, :]
+    @model_validator(mode="after")
+    def heads_divide_the_width(self) -> "TextConfig":
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} cannot be divided among {self.heads} heads")
+        return self
 
 
 class Attention(nn.Module):
@@ -195,7 +148,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.position_offset = config.dropout, config.position_offset
         self.words = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
         self.types = nn.Embedding(config.token_types, config.dim)
@@ -207,10 +160,10 @@ class TextEncoder(nn.Module):
         Raises:
             ValueError: texts longer than the position table.
         """
-        longest = texts.mask.shape[1]
-        if longest > self.positions.num_embeddings:
-            raise ValueError(f"texts of {longest} tokens, but the model has {self.positions.num_embeddings} positions")
-        position = texts.mask.nonzero()[:, 1]
+        longest, longest_possible = texts.mask.shape[1], self.positions.num_embeddings - self.position_offset
+        if longest > longest_possible:
+            raise ValueError(f"texts of {longest} tokens, but the model has {longest_possible} positions")
+        position = texts.mask.nonzero()[:, 1] + self.position_offset
         x = self.norm(self.words(texts.ids[texts.mask]) + self.positions(position) + self.types.weight[0])
         x = F.dropout(x, self.dropout, self.training)
         page = Page.of(texts.mask)
@@ -249,13 +202,13 @@ class CrossEncoder(nn.Module):
         if of is not None:
             words = Words(x, words.mask).take(of)
             x, page = words.states, Page.of(words.mask)
-        asked_from, view = page, View.of(concepts, about[page.text])
+        asked_from, view = page, View.of(concepts, about[page.sequence])
         for number, layer in enumerate(self.layers):
             asking = x
             if number == len(self.layers) - 1 and only is not None:
                 asking = x.index_select(0, only[words.mask].nonzero()[:, 0])
                 asked_from = page.part(only)
-                view = View.of(concepts, about[asked_from.text])
+                view = View.of(concepts, about[asked_from.sequence])
             if number > 0:
                 asking = layer.attention(asking, asked_from, x, page)
             x = layer.feed_forward(layer.cross_attention(asking, view, keep_map=number == keep_map))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -210,7 +211,10 @@ class XVLM(nn.Module):
             raise ValueError(f"{folder / 'config.json'}: schema {schema!r}, this version reads {SCHEMA}")
         model = cls(XVLMConfig.model_validate(config))
         file = folder / "model.safetensors"
-        state = load_file(file)
+        try:
+            state = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not readable as safetensors: {error}") from None
         if fresh := _fresh_parts(model, state):
             warnings.warn(f"{file} holds towers alone; these start fresh: {', '.join(fresh)}", stacklevel=2)
             state |= {name: tensor for name, tensor in model.state_dict().items() if _part(name) in fresh}
@@ -237,7 +241,7 @@ def misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:
             wrong.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
-        elif not state[name].isfinite().all():
+        elif not state[name].is_meta and not state[name].isfinite().all():
             wrong.append(f"{name} holds NaN or infinite values")
     return sorted(wrong)
 
