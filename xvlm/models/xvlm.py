@@ -121,6 +121,8 @@ class XVLM(nn.Module):
     ) -> Float[Tensor, "box embed"]:
         """Unit vectors of boxes of one image, comparable with :meth:`embed_text`; thousands of them in one pass.
 
+        A ViT with ``local_layers`` runs its last blocks for each box: there, memory grows with the boxes' patches.
+
         Args:
             pixel_values: as :meth:`xvlm.Processor.pixel_values` gives them.
             boxes_xyxy: in pixels of ``pixel_values``, so that an edge on the border between patches stays on it.
