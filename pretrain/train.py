@@ -99,7 +99,6 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
     if world.rank == 0:
         model.save_pretrained(config.out / "model")
         processor.save_pretrained(config.out / "model")
-        XVLM.from_pretrained(config.out / "model")  # what cannot be loaded again should be known now
     after, answered = probe.probe(model, processor, config.evaluation)
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
