@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_decoders import Golden, whole_images
+from golden_decoders import Golden, same_names_and_shapes, starts_as_the_reference, swin, whole_images
 from test_parity import close, same_loss, text_config, vision_config
 
 from xvlm.models.decoder import Captioner, CaptionerConfig
@@ -74,3 +74,12 @@ def test_generation(golden, model, batch, name):
     scores = {"greedy": "greedy_logprobs", "beam3": "beam3_scores"}
     if name in scores:
         close(written.scores, golden.outputs[scores[name]], scores[name])
+
+
+def test_what_a_captioner_takes_from_pretraining(golden):
+    starts_as_the_reference(golden, Captioner.of, "captioning")
+
+
+@pytest.mark.parametrize(("name", "size"), [("captioning_pretrain_swin224", 224), ("captioning_swin384", 384)])
+def test_names_and_shapes_at_full_size(goldens, name, size):
+    same_names_and_shapes(goldens, name, lambda: Captioner(CaptionerConfig(vision=swin(size))))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_decoders import Golden, whole_images
+from golden_decoders import Golden, same_names_and_shapes, starts_as_the_reference, swin, whole_images
 from test_parity import close, same_loss, text_config, vision_config
 
 from xvlm import losses
@@ -64,3 +64,12 @@ def test_ranking(golden, task, batch):
     ranking = task.predict(batch, Texts(golden.inputs["cand_ids"], golden.inputs["cand_atts"].bool()))
     assert torch.equal(ranking.answers, golden.outputs["topk_ids"])
     close(ranking.probabilities, golden.outputs["topk_probs"], "topk_probs")
+
+
+def test_what_an_answerer_takes_from_pretraining(golden):
+    layers = golden.manifest["config"]["num_dec_layers"]
+    starts_as_the_reference(golden, lambda model: Answerer.of(model, layers), "vqa")
+
+
+def test_names_and_shapes_at_full_size(goldens):
+    same_names_and_shapes(goldens, "vqa_swin384", lambda: Answerer(AnswererConfig(vision=swin(384))))
