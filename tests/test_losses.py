@@ -103,3 +103,13 @@ def test_pairs_that_agree_in_either_way_share_the_target():
     log_z = torch.log(torch.tensor(3 + torch.e))
     on_the_diagonal = torch.tensor([1 / 2, 1 / 3, 1 / 2, 1])  # of each row's target; all other logits are 0
     torch.testing.assert_close(loss, (log_z - on_the_diagonal).mean())
+
+
+def test_smoothing_takes_from_the_word_and_gives_all_others_a_little_less():
+    logits, words = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    target = torch.full((3, 5), 0.1 / 5)
+    target[torch.arange(3), words] = 0.9
+    expected = -(target * logits.log_softmax(1)).sum(1)
+    torch.testing.assert_close(losses.next_words(logits, words, 0.1), expected)
+    torch.testing.assert_close(losses.captions(logits, words, 0.1), expected.mean())
+    torch.testing.assert_close(losses.captions(logits, words), F.cross_entropy(logits, words))

@@ -102,6 +102,41 @@ def masked_words(logits: Float[Tensor, "hole vocabulary"], words: Int[Tensor, "h
     return _global_mean(F.cross_entropy(logits.float(), words, reduction="none"))
 
 
+def next_words(
+    logits: Float[Tensor, "word vocabulary"], words: Int[Tensor, "word"], smoothing: float = 0.0
+) -> Float[Tensor, "word"]:
+    """Loss of each word of a text: its negative log-probability; a mean over words is for the caller to take.
+
+    Args:
+        smoothing: X-VLM's: the target is 1 - smoothing for the word and smoothing / V for each of the V - 1 others,
+            which is smoothing / V short of 1.
+    """
+    log_p = logits.float().log_softmax(-1)
+    of_word = log_p.gather(1, words[:, None])[:, 0]
+    if not smoothing:
+        return -of_word
+    return -(1 - smoothing) * of_word - smoothing / log_p.shape[1] * (log_p.sum(1) - of_word)
+
+
+def captions(
+    logits: Float[Tensor, "word vocabulary"], words: Int[Tensor, "word"], smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """Captioning: mean of :func:`next_words` over all processes' words."""
+    return _global_mean(next_words(logits, words, smoothing))
+
+
+def answers(
+    logits: Float[Tensor, "word vocabulary"], words: Int[Tensor, "word"], weights: Float[Tensor, "word"], questions: int
+) -> Float[Tensor, ""]:
+    """Visual question answering: the words' losses times their answer's weight, summed per question, mean of questions.
+
+    Args:
+        questions: how many there are on this process; the mean is over all processes' questions.
+    """
+    count = torch.tensor(float(questions), device=logits.device)
+    return (weights * next_words(logits, words)).sum() * distributed.share_of_mean(count)
+
+
 def box_l1_giou(
     predicted_cxcywh: Float[Tensor, "box 4"], target_cxcywh: Float[Tensor, "box 4"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

@@ -75,7 +75,7 @@ def bert(state: State, text_layers: int) -> State:
     """
 
     def rename(name: str) -> str | None:
-        inner = re.sub(r"^(text_encoder\.)?(bert\.|roberta\.)?", "", name)
+        inner = re.sub(r"^(text_encoder\.|text_decoder\.)?(bert\.|roberta\.)?", "", name)
         if re.match(_DROPPED, inner):
             return None
         if found := re.match(r"encoder\.layer\.(\d+)\.(.*)", inner):
@@ -114,8 +114,12 @@ def clip_vit(state: State) -> State:
 
 
 def official(state: State, text_layers: int) -> State:
-    """An official X-VLM pre-training state dict, with any of its image and text encoders -> :class:`xvlm.XVLM`."""
-    parts: dict[str, State] = {"vision_encoder.": {}, "text_encoder.": {}, "": {}}
+    """An official X-VLM state dict, with any of its image and text encoders -> :class:`xvlm.XVLM`.
+
+    One with a decoder -> :class:`xvlm.models.decoder.Answerer` if it has an encoder of questions too, else
+    :class:`xvlm.models.decoder.Captioner`, whose decoder is the whole stack, text layers and all.
+    """
+    parts: dict[str, State] = {"vision_encoder.": {}, "text_encoder.": {}, "text_decoder.": {}, "": {}}
     for name, tensor in state.items():
         prefix = next(p for p in parts if name.startswith(p))
         parts[prefix][name] = tensor
@@ -126,7 +130,9 @@ def official(state: State, text_layers: int) -> State:
         vision = swin(vision)
     vision = {f"vision.trunk.{name}": tensor for name, tensor in vision.items()}
     rest = _renamed(parts[""], lambda name: _by_table(_OFFICIAL, name))
-    return vision | bert(parts["text_encoder."], text_layers) | rest
+    decoder = bert(parts["text_decoder."], 0 if parts["text_encoder."] else text_layers)
+    decoder = {f"decoder.{name}": tensor for name, tensor in decoder.items()}
+    return vision | bert(parts["text_encoder."], text_layers) | decoder | rest
 
 
 def in_order(state: State, target: State) -> State:

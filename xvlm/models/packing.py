@@ -46,9 +46,10 @@ class Page:
     sequence: Int[Tensor, "token"]
     packing: Packing
     group: Int[Tensor, "sequence"]
+    time: Int[Tensor, "token"] | None = None  # where it is given, a token sees no later one
 
     @classmethod
-    def of(cls, mask: Bool[Tensor, "sequence slot"]) -> "Page":
+    def of(cls, mask: Bool[Tensor, "sequence slot"], *, causal: bool = False) -> "Page":
         lengths = mask.sum(1).tolist()
         room, used, number, groups = max(lengths), 0, 0, []
         for length in lengths:
@@ -57,15 +58,20 @@ class Page:
             used += length
             groups.append(number)
         group = torch.tensor(groups, device=mask.device)
-        sequence = mask.nonzero()[:, 0]
-        return cls(sequence, Packing.by(group[sequence], number + 1), group)
+        sequence, slot = mask.nonzero().unbind(1)
+        return cls(sequence, Packing.by(group[sequence], number + 1), group, slot if causal else None)
 
     def part(self, only: Bool[Tensor, "sequence slot"]) -> "Page":
         """Some tokens of the same sequences, in the same groups."""
-        sequence = only.nonzero()[:, 0]
-        return Page(sequence, Packing.by(self.group[sequence], self.packing.groups), self.group)
+        sequence, slot = only.nonzero().unbind(1)
+        packing = Packing.by(self.group[sequence], self.packing.groups)
+        return Page(sequence, packing, self.group, None if self.time is None else slot)
 
     def sees(self, other: "Page") -> Bool[Tensor, "group slot other"]:
-        """Which tokens of ``other`` belong to the same sequence."""
+        """Which tokens of ``other`` belong to the same sequence, and are not later where there is a time."""
         mine, theirs = (page.packing.pad(page.sequence + 1) for page in (self, other))
-        return mine[:, :, None] == theirs[:, None, :]
+        same = mine[:, :, None] == theirs[:, None, :]
+        if self.time is None:
+            return same
+        mine, theirs = (page.packing.pad(page.time) for page in (self, other))
+        return same & (mine[:, :, None] >= theirs[:, None, :])

@@ -7,7 +7,7 @@ section 3.2; reference ``models/xbert.py``).
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -100,18 +100,32 @@ class View:
         return cls(concepts, concept, Packing.by(concepts.row[concept], len(concepts.patches)))
 
 
+class Keys(NamedTuple):
+    """Keys and values of concepts for one cross layer: of their pooled tokens, and of the patches by head."""
+
+    pooled_k: Float[Tensor, "concept dim"]
+    pooled_v: Float[Tensor, "concept dim"]
+    patch_k: Float[Tensor, "row head patch d"]
+    patch_v: Float[Tensor, "row head patch d"]
+
+
 class CrossAttention(Attention):
+    def project(self, concepts: Concepts) -> Keys:
+        """Done once per layer, whoever looks."""
+        pooled_k, pooled_v = (f(concepts.pooled) for f in (self.key, self.value))
+        patch_k, patch_v = (self.split(f(concepts.patches)) for f in (self.key, self.value))
+        return Keys(pooled_k, pooled_v, patch_k, patch_v)
+
     def forward(
-        self, x: Float[Tensor, "token dim"], view: View, *, keep_map: bool = False
+        self, x: Float[Tensor, "token dim"], view: View, keys: Keys, *, keep_map: bool = False
     ) -> Float[Tensor, "token dim"]:
         """Tokens attend to ``[pooled, visible patches]`` of their concept.
 
         After a call with ``keep_map`` the probabilities, (token, head, 1 + patch) with gradient, are in ``self.map``.
         """
         q = self.query(x)
-        pooled_k, pooled_v = (f(view.concepts.pooled).index_select(0, view.concept) for f in (self.key, self.value))
-        patch_k, patch_v = (self.split(f(view.concepts.patches)) for f in (self.key, self.value))
-        to_patches = self.split(view.packing.pad(q)) @ patch_k.transpose(-1, -2)
+        pooled_k, pooled_v = (each.index_select(0, view.concept) for each in (keys.pooled_k, keys.pooled_v))
+        to_patches = self.split(view.packing.pad(q)) @ keys.patch_k.transpose(-1, -2)
         to_pooled = view.packing.pad(rearrange(q * pooled_k, "token (head d) -> token head d", head=self.heads).sum(-1))
         scores = torch.cat([rearrange(to_pooled, "row slot head -> row head slot 1"), to_patches], -1)
         visible = F.pad(view.packing.pad(view.concepts.mask[view.concept]), (1, 0), value=True)
@@ -120,7 +134,9 @@ class CrossAttention(Attention):
             self.map = view.packing.pack(rearrange(probability, "row head slot key -> row slot head key"))
             probability = view.packing.pad(self.map)
             probability = rearrange(probability, "row slot head key -> row head slot key")
-        mixed = view.packing.pack(rearrange(probability[..., 1:] @ patch_v, "row head slot d -> row slot (head d)"))
+        mixed = view.packing.pack(
+            rearrange(probability[..., 1:] @ keys.patch_v, "row head slot d -> row slot (head d)")
+        )
         share = view.packing.pack(rearrange(probability[..., 0], "row head slot -> row slot head"))
         pooled = rearrange(pooled_v, "token (head d) -> token head d", head=self.heads) * share[..., None]
         return self.finish(x, mixed + rearrange(pooled, "token head d -> token (head d)"))
@@ -144,10 +160,14 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Embeddings and the lower layers: token ids -> contextual word states that have not seen an image."""
+    """Embeddings and the lower layers: token ids -> contextual word states that have not seen an image.
 
-    def __init__(self, config: TextConfig):
+    ``causal``: a word sees itself and those before it, as it must where the next one is to be guessed.
+    """
+
+    def __init__(self, config: TextConfig, *, causal: bool = False):
         super().__init__()
+        self.causal = causal
         self.dropout, self.position_offset = config.dropout, config.position_offset
         self.words = nn.Embedding(config.vocab_size, config.dim)
         self.positions = nn.Embedding(config.max_positions, config.dim)
@@ -155,28 +175,40 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.text_layers))
 
-    def forward(self, texts: Texts) -> Words:
-        """
+    def embed(self, texts: Texts, wanted: Bool[Tensor, "text word"]) -> Float[Tensor, "token dim"]:
+        """What enters the first layer for the ``wanted`` words: word, position and token type.
+
         Raises:
             ValueError: texts longer than the position table.
         """
         longest, longest_possible = texts.mask.shape[1], self.positions.num_embeddings - self.position_offset
         if longest > longest_possible:
             raise ValueError(f"texts of {longest} tokens, but the model has {longest_possible} positions")
-        position = texts.mask.nonzero()[:, 1] + self.position_offset
-        x = self.norm(self.words(texts.ids[texts.mask]) + self.positions(position) + self.types.weight[0])
-        x = F.dropout(x, self.dropout, self.training)
-        page = Page.of(texts.mask)
+        position = wanted.nonzero()[:, 1] + self.position_offset
+        x = self.norm(self.words(texts.ids[wanted]) + self.positions(position) + self.types.weight[0])
+        return F.dropout(x, self.dropout, self.training)
+
+    def forward(self, texts: Texts) -> Words:
+        """
+        Raises:
+            ValueError: texts longer than the position table.
+        """
+        x = self.embed(texts, texts.mask)
+        page = Page.of(texts.mask, causal=self.causal)
         for layer in self.layers:
             x = layer.feed_forward(layer.attention(x, page, x, page))
         return Words(x, texts.mask)
 
 
 class CrossEncoder(nn.Module):
-    """The upper layers: word states look at the tokens of a visual concept, ``[pooled, patches it may see]``."""
+    """The upper layers: word states look at the tokens of a visual concept, ``[pooled, patches it may see]``.
 
-    def __init__(self, config: TextConfig, image_dim: int):
+    ``causal``: as in :class:`TextEncoder`; a word still sees all of the concept.
+    """
+
+    def __init__(self, config: TextConfig, image_dim: int, *, causal: bool = False):
         super().__init__()
+        self.causal = causal
         self.layers = nn.ModuleList(Layer(config, image_dim) for _ in range(config.cross_layers))
 
     def forward(
@@ -197,11 +229,11 @@ class CrossEncoder(nn.Module):
         Returns:
             States of the words asked for, question by question; their ``mask`` is ``only``.
         """
-        page = Page.of(words.mask)
+        page = Page.of(words.mask, causal=self.causal)
         x = self.layers[0].attention(words.states, page, words.states, page)
         if of is not None:
             words = Words(x, words.mask).take(of)
-            x, page = words.states, Page.of(words.mask)
+            x, page = words.states, Page.of(words.mask, causal=self.causal)
         asked_from, view = page, View.of(concepts, about[page.sequence])
         for number, layer in enumerate(self.layers):
             asking = x
@@ -211,5 +243,6 @@ class CrossEncoder(nn.Module):
                 view = View.of(concepts, about[asked_from.sequence])
             if number > 0:
                 asking = layer.attention(asking, asked_from, x, page)
-            x = layer.feed_forward(layer.cross_attention(asking, view, keep_map=number == keep_map))
+            keys = layer.cross_attention.project(concepts)
+            x = layer.feed_forward(layer.cross_attention(asking, view, keys, keep_map=number == keep_map))
         return Words(x, words.mask if only is None else only)

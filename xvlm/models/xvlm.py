@@ -70,7 +70,7 @@ class XVLM(nn.Module):
         self.cross = CrossEncoder(config.text, self.vision.dim)
         self.word_head = WordHead(config.text)
         for part in (self.text, self.cross, self.word_head):
-            part.apply(_initialise_like_bert)
+            part.apply(initialise_like_bert)
         self.image_projection = nn.Linear(self.vision.dim, config.embed_dim)
         self.text_projection = nn.Linear(config.text.dim, config.embed_dim)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
@@ -264,7 +264,8 @@ def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
 
 
-def _initialise_like_bert(module: nn.Module) -> None:
+def initialise_like_bert(module: nn.Module) -> None:
+    """Normal(0, 0.02) matrices and zero biases; for :meth:`torch.nn.Module.apply`."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

@@ -1,3 +1,5 @@
 """What a model is trained for, one file each."""
 
+from xvlm.tasks import captioning as captioning
 from xvlm.tasks import pretraining as pretraining
+from xvlm.tasks import vqa as vqa
