@@ -62,14 +62,17 @@ _OFFICIAL = {
     r"text_proj\.": "text_projection.",
     r"itm_head\.": "itm_head.",
     r"bbox_head\.": "box_head.",
+    r"cls_head\.": "truth_head.",
+    r"ta_head\.": "assignment_head.",
 }
 
 
-def bert(state: State, text_layers: int) -> State:
+def bert(state: State, text_layers: int, looks: int = 1) -> State:
     """A BERT-family state dict (BERT, RoBERTa, MiniLM, X-VLM's) -> text encoder, cross encoder, word head.
 
     Args:
         text_layers: how many layers make the text encoder; the layers above become the cross encoder.
+        looks: how many of these follow each other with the same keys and values; the first of them keeps these.
     """
 
     def rename(name: str) -> str | None:
@@ -79,6 +82,8 @@ def bert(state: State, text_layers: int) -> State:
         if found := re.match(r"encoder\.layer\.(\d+)\.(.*)", inner):
             number, inside = int(found[1]), _by_table(_LAYER, found[2])
             upper = number >= text_layers
+            if upper and (number - text_layers) % looks and re.match(r"cross_attention\.(key|value)\.", inside):
+                return None
             return f"cross.layers.{number - text_layers}.{inside}" if upper else f"text.layers.{number}.{inside}"
         return _by_table(_REST, inner, unknown=name)
 
@@ -111,8 +116,11 @@ def clip_vit(state: State) -> State:
     return converted
 
 
-def official(state: State, text_layers: int) -> State:
-    """An official X-VLM pre-training state dict, with any of its image and text encoders -> :class:`xvlm.XVLM`."""
+def official(state: State, text_layers: int, looks: int = 1) -> State:
+    """An official X-VLM state dict, with any of its image and text encoders -> :class:`xvlm.XVLM`.
+
+    Of the pre-training, retrieval, grounding and NLVR2 models; the last have two ``looks``.
+    """
     parts: dict[str, State] = {"vision_encoder.": {}, "text_encoder.": {}, "": {}}
     for name, tensor in state.items():
         prefix = next(p for p in parts if name.startswith(p))
@@ -124,7 +132,7 @@ def official(state: State, text_layers: int) -> State:
         vision = swin(vision)
     vision = {f"vision.trunk.{name}": tensor for name, tensor in vision.items()}
     rest = _renamed(parts[""], lambda name: _by_table(_OFFICIAL, name))
-    return vision | bert(parts["text_encoder."], text_layers) | rest
+    return vision | bert(parts["text_encoder."], text_layers, looks) | rest
 
 
 def in_order(state: State, target: State) -> State:

@@ -7,7 +7,7 @@ section 3.2; reference ``models/xbert.py``).
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class TextConfig(Configured):
     feed_forward: int = 3072
     text_layers: Annotated[int, Field(ge=1)] = 6  # the text encoder
     cross_layers: Annotated[int, Field(ge=1)] = 6  # the cross encoder: these also look at the image
+    looks: Annotated[int, Field(ge=1)] = 1  # concepts a text looks at in turn, with a copy of each cross layer for each
     max_positions: int = 512  # rows of the position table
     position_offset: int = 0  # row of the first word; RoBERTa leaves the rows up to its padding id, 1, unused
     token_types: int = 2
@@ -100,18 +101,32 @@ class View:
         return cls(concepts, concept, Packing.by(concepts.row[concept], len(concepts.patches)))
 
 
+class Keys(NamedTuple):
+    """Keys and values of concepts for one cross layer: of their pooled tokens, and of the patches by head."""
+
+    pooled_k: Float[Tensor, "concept dim"]
+    pooled_v: Float[Tensor, "concept dim"]
+    patch_k: Float[Tensor, "row head patch d"]
+    patch_v: Float[Tensor, "row head patch d"]
+
+
 class CrossAttention(Attention):
+    def project(self, concepts: Concepts) -> Keys:
+        """Done once per layer, whoever looks."""
+        pooled_k, pooled_v = (f(concepts.pooled) for f in (self.key, self.value))
+        patch_k, patch_v = (self.split(f(concepts.patches)) for f in (self.key, self.value))
+        return Keys(pooled_k, pooled_v, patch_k, patch_v)
+
     def forward(
-        self, x: Float[Tensor, "token dim"], view: View, *, keep_map: bool = False
+        self, x: Float[Tensor, "token dim"], view: View, keys: Keys, *, keep_map: bool = False
     ) -> Float[Tensor, "token dim"]:
         """Tokens attend to ``[pooled, visible patches]`` of their concept.
 
         After a call with ``keep_map`` the probabilities, (token, head, 1 + patch) with gradient, are in ``self.map``.
         """
         q = self.query(x)
-        pooled_k, pooled_v = (f(view.concepts.pooled).index_select(0, view.concept) for f in (self.key, self.value))
-        patch_k, patch_v = (self.split(f(view.concepts.patches)) for f in (self.key, self.value))
-        to_patches = self.split(view.packing.pad(q)) @ patch_k.transpose(-1, -2)
+        pooled_k, pooled_v = (each.index_select(0, view.concept) for each in (keys.pooled_k, keys.pooled_v))
+        to_patches = self.split(view.packing.pad(q)) @ keys.patch_k.transpose(-1, -2)
         to_pooled = view.packing.pad(rearrange(q * pooled_k, "token (head d) -> token head d", head=self.heads).sum(-1))
         scores = torch.cat([rearrange(to_pooled, "row slot head -> row head slot 1"), to_patches], -1)
         visible = F.pad(view.packing.pad(view.concepts.mask[view.concept]), (1, 0), value=True)
@@ -120,7 +135,9 @@ class CrossAttention(Attention):
             self.map = view.packing.pack(rearrange(probability, "row head slot key -> row slot head key"))
             probability = view.packing.pad(self.map)
             probability = rearrange(probability, "row slot head key -> row head slot key")
-        mixed = view.packing.pack(rearrange(probability[..., 1:] @ patch_v, "row head slot d -> row slot (head d)"))
+        mixed = view.packing.pack(
+            rearrange(probability[..., 1:] @ keys.patch_v, "row head slot d -> row slot (head d)")
+        )
         share = view.packing.pack(rearrange(probability[..., 0], "row head slot -> row slot head"))
         pooled = rearrange(pooled_v, "token (head d) -> token head d", head=self.heads) * share[..., None]
         return self.finish(x, mixed + rearrange(pooled, "token head d -> token (head d)"))
@@ -173,17 +190,26 @@ class TextEncoder(nn.Module):
 
 
 class CrossEncoder(nn.Module):
-    """The upper layers: word states look at the tokens of a visual concept, ``[pooled, patches it may see]``."""
+    """The upper layers: word states look at the tokens of a visual concept, ``[pooled, patches it may see]``.
+
+    With ``looks: 2`` there are two of each layer, one after the other: the first looks at the first concept of a
+    question, the second at its second. They share keys and values, the first of them owns these (X-VLM's NLVR2 model,
+    reference ``models/model_nlvr.py``).
+    """
 
     def __init__(self, config: TextConfig, image_dim: int):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, image_dim) for _ in range(config.cross_layers))
+        self.looks = config.looks
+        self.layers = nn.ModuleList(Layer(config, image_dim) for _ in range(config.cross_layers * config.looks))
+        for number, layer in enumerate(self.layers):
+            if number % self.looks:
+                del layer.cross_attention.key, layer.cross_attention.value
 
     def forward(
         self,
         words: Words,
         concepts: Concepts,
-        about: Int[Tensor, "question"],
+        about: Int[Tensor, "question"] | Int[Tensor, "question look"],
         of: Int[Tensor, "question"] | None = None,
         only: Bool[Tensor, "question word"] | None = None,
         *,
@@ -191,25 +217,37 @@ class CrossEncoder(nn.Module):
     ) -> Words:
         """Each question lets one text look at one concept: text ``of[q]`` (``q`` if not given) at ``about[q]``.
 
+        With more ``looks`` than one, ``about[q]`` lists as many concepts.
+
         The first self-attention has not seen the image yet and is done once per text; the last layer is done only for
         the words asked for in ``only`` (all if not given).
 
         Returns:
             States of the words asked for, question by question; their ``mask`` is ``only``.
+
+        Raises:
+            ValueError: more or fewer concepts per question than the encoder's ``looks``.
         """
+        about = about if about.ndim == 2 else about[:, None]
+        if about.shape[1] != self.looks:
+            raise ValueError(f"questions about {about.shape[1]} concepts each, but text.looks is {self.looks}")
         page = Page.of(words.mask)
         x = self.layers[0].attention(words.states, page, words.states, page)
         if of is not None:
             words = Words(x, words.mask).take(of)
             x, page = words.states, Page.of(words.mask)
-        asked_from, view = page, View.of(concepts, about[page.sequence])
+        asked_from, view = page, [View.of(concepts, look[page.sequence]) for look in about.unbind(1)]
         for number, layer in enumerate(self.layers):
             asking = x
             if number == len(self.layers) - 1 and only is not None:
                 asking = x.index_select(0, only[words.mask].nonzero()[:, 0])
                 asked_from = page.part(only)
-                view = View.of(concepts, about[asked_from.sequence])
+                view[-1] = View.of(concepts, about[asked_from.sequence, -1])
             if number > 0:
                 asking = layer.attention(asking, asked_from, x, page)
-            x = layer.feed_forward(layer.cross_attention(asking, view, keep_map=number == keep_map))
+            look = number % self.looks
+            if look == 0:
+                keys = layer.cross_attention.project(concepts)
+            mixed = layer.cross_attention(asking, view[look], keys, keep_map=number == keep_map)
+            x = layer.feed_forward(mixed)
         return Words(x, words.mask if only is None else only)
