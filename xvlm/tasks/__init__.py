@@ -1,3 +1,6 @@
 """What a model is trained for, one file each."""
 
+from xvlm.tasks import grounding as grounding
+from xvlm.tasks import nlvr as nlvr
 from xvlm.tasks import pretraining as pretraining
+from xvlm.tasks import retrieval as retrieval
