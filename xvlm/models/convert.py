@@ -135,6 +135,23 @@ def official(state: State, text_layers: int, looks: int = 1) -> State:
     return vision | bert(parts["text_encoder."], text_layers, looks) | rest
 
 
+def for_looks(state: State, looks: int) -> State:
+    """The state dict of an :class:`xvlm.XVLM` with one look -> of one with ``looks``: each cross layer once for each.
+
+    The copies start equal; keys and values, which they share, are the first one's (X-VLM's NLVR2 model).
+    """
+    repeated: State = {}
+    for name, tensor in state.items():
+        found = re.match(r"cross\.layers\.(\d+)\.(.*)", name)
+        if found is None:
+            repeated[name] = tensor
+            continue
+        shared = re.match(r"cross_attention\.(key|value)\.", found[2])
+        for look in range(1 if shared else looks):
+            repeated[f"cross.layers.{int(found[1]) * looks + look}.{found[2]}"] = tensor
+    return repeated
+
+
 def in_order(state: State, target: State) -> State:
     """Tensors of a state dict under the names of another that lists the same shapes in the same order.
 
