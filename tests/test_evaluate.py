@@ -98,7 +98,12 @@ def test_probe_numbers_and_report(world, tmp_path):
     assert {query.index % 2 for query in answered["unseen"]} == {1}  # every second test scene is an unseen one
     assert numbers["unseen"]["chance_text_to_image_r1"] == 0.25
     assert numbers["unseen"]["chance_image_to_text_r5"] == 1.0
-    made = probe.write(tmp_path, "a title", numbers, numbers, answered, config, probe.facts(7, 1.5))
+    (tmp_path / "commits.txt").write_text("earlier\n")
+    probe.note_commit(tmp_path)
+    probe.note_commit(tmp_path)
+    about = probe.facts(tmp_path, 7, 1.5)
+    assert about["commit"] == f"earlier, {probe.commit()}"
+    made = probe.write(tmp_path, "a title", numbers, numbers, answered, config, about)
     assert [row[0] for row in made[0].rows] == list(probe.MEASURES.values())
     text = (tmp_path / "results.json").read_text()
     assert '"seed": 7' in text and '"unseen/trained/any_box_acc"' in text and '"unseen/untrained/mean_iou"' in text

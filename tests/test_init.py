@@ -75,3 +75,45 @@ def test_roberta_starts_counting_positions_behind_its_padding_id(tmp_path):
 def test_layers_that_would_be_left_out_or_missing_are_an_error(bert, text_layers, cross_layers):
     with pytest.raises(ValueError, match=f"4 layers .* asks for {text_layers} \\+ {cross_layers}"):
         ours(bert[1], text_layers, cross_layers)
+
+
+def save(folder, **changes):
+    made = tiny.model(tiny.CONFIG.model_copy(update=changes))
+    made.save_pretrained(folder)
+    return made
+
+
+def test_a_task_takes_the_heads_it_has_a_use_for(tmp_path):
+    before = save(tmp_path)
+    config = tiny.CONFIG.model_copy(update={"heads": ("box_head", "truth_head")})
+    model, fresh = initial_model(config, InitConfig(model=str(tmp_path)))
+    assert not hasattr(model, "itm_head") and not hasattr(model, "temperature")
+    assert fresh == [name for name, _ in model.named_parameters() if name.startswith("truth_head.")]
+    for name, tensor in before.state_dict().items():
+        assert name not in model.state_dict() or torch.equal(model.state_dict()[name], tensor)
+
+
+def test_a_second_look_starts_as_a_copy_and_stays_its_own(tmp_path):
+    before = save(tmp_path / "one")
+    text = tiny.TEXT.model_copy(update={"looks": 2})
+    config = tiny.CONFIG.model_copy(update={"text": text})
+    model, fresh = initial_model(config, InitConfig(model=str(tmp_path / "one")))
+    assert fresh == [] and len(model.cross.layers) == 2 * len(before.cross.layers)
+    for number, layer in enumerate(model.cross.layers):
+        origin = before.cross.layers[number // 2].state_dict()
+        assert len(layer.state_dict()) == len(origin) - (4 if number % 2 else 0)
+        assert all(torch.equal(tensor, origin[name]) for name, tensor in layer.state_dict().items())
+
+    torch.nn.init.zeros_(model.cross.layers[1].expand.weight)
+    model.save_pretrained(tmp_path / "two")
+    again, _ = initial_model(config, InitConfig(model=str(tmp_path / "two")))
+    assert not again.cross.layers[1].expand.weight.any() and again.cross.layers[0].expand.weight.any()
+    with pytest.raises(ValueError, match=r"'looks': 2.*'looks': 1"):
+        initial_model(tiny.CONFIG, InitConfig(model=str(tmp_path / "two")))
+
+
+def test_another_shape_is_still_refused(tmp_path):
+    save(tmp_path)
+    config = tiny.CONFIG.model_copy(update={"embed_dim": 4, "heads": ("box_head",)})
+    with pytest.raises(ValueError, match="embed_dim: 8 and 4"):
+        initial_model(config, InitConfig(model=str(tmp_path)))

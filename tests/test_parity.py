@@ -12,7 +12,7 @@ from xvlm import boxes, losses
 from xvlm.models import convert
 from xvlm.models.text import TextConfig
 from xvlm.models.vision import VisionConfig
-from xvlm.models.xvlm import XVLM, XVLMConfig, load_strictly
+from xvlm.models.xvlm import PRETRAINING_HEADS, XVLM, XVLMConfig, load_strictly
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 from xvlm.types import Batch, Concepts, Masked, Regions, Texts
 
@@ -60,17 +60,21 @@ def text_config(text: dict) -> TextConfig:
 class Golden:
     """One case folder: the model it holds, its inputs, its outputs."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, heads: tuple[str, ...] = PRETRAINING_HEADS, looks: int = 1):
         self.manifest = json.loads((folder / "manifest.json").read_text())
         self.inputs = {name: torch.from_numpy(array) for name, array in np.load(folder / "inputs.npz").items()}
         self.outputs = {name: torch.from_numpy(array) for name, array in np.load(folder / "outputs.npz").items()}
         config = self.manifest["config"]
         self.size = config["image_res"]
-        self.text = text_config(self.manifest["text_config"])
+        self.text = text_config(self.manifest["text_config"]).model_copy(update={"looks": looks})
         vision = vision_config(config, self.manifest["vision_config"])
-        self.model = XVLM(XVLMConfig(vision=vision, text=self.text, embed_dim=config["embed_dim"])).eval()
+        shape = XVLMConfig(vision=vision, text=self.text, embed_dim=config["embed_dim"], heads=heads)
+        self.model = XVLM(shape).eval()
         self.state = load_file(folder / "state.safetensors")
-        load_strictly(self.model, convert.official(self.state, self.text.text_layers), folder)
+        load_strictly(self.model, self.converted(self.state), folder)
+
+    def converted(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return convert.official(state, self.text.text_layers, self.text.looks)
 
     def batch(self, kind: str) -> Batch:
         given = {name.removeprefix(kind): array for name, array in self.inputs.items() if name.startswith(kind)}
@@ -101,7 +105,7 @@ class Golden:
         """Gradients by the reference's names, flat: parts of our tensors, where we keep several of theirs in one."""
         names = list(self.state)
         numbered = {name: torch.full_like(self.state[name], i, dtype=torch.float64) for i, name in enumerate(names)}
-        origin = convert.official(numbered, self.text.text_layers)
+        origin = self.converted(numbered)
         with_gradient = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
         return {
             names[int(i)]: p.grad[origin[name] == i]
@@ -126,6 +130,17 @@ def read(path: Path) -> dict:
 
 def close(found: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+
+
+def same_gradients(found: dict[str, torch.Tensor], expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        norm = expected[name]["norm"]
+        if norm > 1e-6:  # below, the true gradient is zero (biases of attention keys)
+            assert gradient.norm().item() == pytest.approx(norm, rel=1e-3), name
+            # A norm says nothing of direction or order: the reference also stores a fixed weighted sum.
+            probe = gradient.double() @ torch.arange(len(gradient), dtype=torch.float64).cos()
+            assert probe.item() == pytest.approx(expected[name]["probe"], abs=1e-3 * norm), name
 
 
 def test_parameter_count(golden):
@@ -199,15 +214,7 @@ def test_losses_and_gradients(golden, kind, monkeypatch):
     total = sum(named.values())
     same_loss(total, golden.outputs[f"{kind}loss"])
     total.backward()
-    gradients, expected = golden.gradients(), golden.manifest[f"{kind}grads"]
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        norm = expected[name]["norm"]
-        if norm > 1e-6:  # below, the true gradient is zero (biases of attention keys)
-            assert gradient.norm().item() == pytest.approx(norm, rel=1e-3), name
-            # A norm says nothing of direction or order: the reference also stores a fixed weighted sum.
-            probe = gradient.double() @ torch.arange(len(gradient), dtype=torch.float64).cos()
-            assert probe.item() == pytest.approx(expected[name]["probe"], abs=1e-3 * norm), name
+    same_gradients(golden.gradients(), golden.manifest[f"{kind}grads"])
 
 
 REAL = {

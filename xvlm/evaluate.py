@@ -81,7 +81,28 @@ def retrieval(
         raise ValueError("retrieval: none of the records has a caption")
     gallery = _whole_images(torch.cat(patches), torch.cat(pooled), model.vision.grid)
     words = concatenate([_encode_texts(model, processor, part) for part in _chunks(texts, 256)])
-    similarity = model.embed_image(gallery) @ model.embed_text(words).T
+    similarity, by_image, by_text = rank(model, gallery, words, top_k)
+    of = torch.tensor(text_image)
+    numbers = {}
+    for direction, scores in (("image_to_text", by_image), ("text_to_image", by_text)):
+        ranked = metrics.recall_at_k(scores, of)
+        numbers |= {name: value for name, value in ranked.items() if name.startswith(direction)}
+    contrast = metrics.recall_at_k(similarity, of)
+    numbers |= {f"{name}_without_reranking": value for name, value in contrast.items()}
+    return Retrieved(numbers, torch.maximum(by_image, by_text), texts, of, gallery_indices)
+
+
+@torch.inference_mode()
+def rank(
+    model: XVLM, gallery: Concepts, words: Words, top_k: int
+) -> tuple[Float[Tensor, "image text"], Float[Tensor, "image text"], Float[Tensor, "image text"]]:
+    """Every image of a gallery against every text, in two steps.
+
+    Returns:
+        The similarities; the matching logits of each image's ``top_k`` most similar texts, -inf elsewhere; those of
+        each text's ``top_k`` most similar images, -inf elsewhere. On the CPU.
+    """
+    similarity = (model.embed_image(gallery) @ model.embed_text(words).T).float()
     by_image, by_text = (
         torch.zeros_like(similarity, dtype=torch.bool).scatter_(
             dim, similarity.topk(min(top_k, similarity.shape[dim]), dim).indices, True
@@ -89,14 +110,7 @@ def retrieval(
         for dim in (1, 0)
     )
     scores = _rerank(model, gallery, words, by_image | by_text)
-    of = torch.tensor(text_image)
-    numbers = {}
-    for direction, candidate in (("image_to_text", by_image), ("text_to_image", by_text)):
-        ranked = metrics.recall_at_k(scores.masked_fill(~candidate.cpu(), -torch.inf), of)
-        numbers |= {name: value for name, value in ranked.items() if name.startswith(direction)}
-    contrast = metrics.recall_at_k(similarity.float().cpu(), of)
-    numbers |= {f"{name}_without_reranking": value for name, value in contrast.items()}
-    return Retrieved(numbers, scores, texts, of, gallery_indices)
+    return similarity.cpu(), *(scores.masked_fill(~each.cpu(), -torch.inf) for each in (by_image, by_text))
 
 
 def _whole_images(patches: Float[Tensor, "image patch dim"], pooled: Tensor, grid: tuple[int, int]) -> Concepts:
@@ -252,9 +266,7 @@ def _with_words(processor: Processor, items: Iterable[T], text_of: Callable[[T],
 
 def _match(model: XVLM, words: Words, concepts: Concepts, about: Int[Tensor, "text"]) -> Float[Tensor, "text"]:
     """Matching logit of each text with a concept; only the [CLS] is carried through the last layer."""
-    first = torch.zeros_like(words.mask)
-    first[:, 0] = True
-    return model.match(model.fuse(words, concepts, about, only=first))[:, 1].float()
+    return model.match(model.fuse(words, concepts, about, only=words.beginnings))[:, 1].float()
 
 
 def concatenate(words: Sequence[Words]) -> Words:
@@ -269,7 +281,7 @@ def _encode_texts(model: XVLM, processor: Processor, texts: Sequence[str]) -> Wo
 
 
 def _device(model: XVLM) -> torch.device:
-    return model.temperature.device
+    return next(model.parameters()).device
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:

@@ -92,14 +92,19 @@ def _draw(weights: Float[Tensor, "row choice"]) -> Int[Tensor, "row"]:
     return torch.multinomial(weights, 1)[:, 0]
 
 
+def classification(logits: Float[Tensor, "row class"], answer: Int[Tensor, "row"]) -> Float[Tensor, ""]:
+    """Cross-entropy of the right classes; a mean over all processes' rows."""
+    return _global_mean(F.cross_entropy(logits.float(), answer, reduction="none"))
+
+
 def matching(logits: Float[Tensor, "row 2"], match: Int[Tensor, "row"]) -> Float[Tensor, ""]:
     """Image-text matching (ITM): cross-entropy of match (1) against mismatch (0)."""
-    return _global_mean(F.cross_entropy(logits.float(), match, reduction="none"))
+    return classification(logits, match)
 
 
 def masked_words(logits: Float[Tensor, "hole vocabulary"], words: Int[Tensor, "hole"]) -> Float[Tensor, ""]:
     """Masked language modelling (MLM): cross-entropy of the hidden words; a mean over all processes' hidden words."""
-    return _global_mean(F.cross_entropy(logits.float(), words, reduction="none"))
+    return classification(logits, words)
 
 
 def next_words(

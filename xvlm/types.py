@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -94,6 +95,11 @@ class Words(Movable):
     def first(self) -> Float[Tensor, "text dim"]:
         """State of each text's first stored word, [CLS]."""
         return self.states.index_select(0, self.starts)
+
+    @property
+    def beginnings(self) -> Bool[Tensor, "text word"]:
+        """True on each text's first word, [CLS]: what most questions want to know."""
+        return F.pad(torch.ones_like(self.mask[:, :1]), (0, self.mask.shape[1] - 1))
 
     @property
     def mean(self) -> Float[Tensor, "text dim"]:

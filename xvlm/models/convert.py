@@ -64,14 +64,17 @@ _OFFICIAL = {
     r"text_proj\.": "text_projection.",
     r"itm_head\.": "itm_head.",
     r"bbox_head\.": "box_head.",
+    r"cls_head\.": "truth_head.",
+    r"ta_head\.": "assignment_head.",
 }
 
 
-def bert(state: State, text_layers: int) -> State:
+def bert(state: State, text_layers: int, looks: int = 1) -> State:
     """A BERT-family state dict (BERT, RoBERTa, MiniLM, X-VLM's) -> text encoder, cross encoder, word head.
 
     Args:
         text_layers: how many layers make the text encoder; the layers above become the cross encoder.
+        looks: how many of these follow each other with the same keys and values; the first of them keeps these.
     """
 
     def rename(name: str) -> str | None:
@@ -81,6 +84,8 @@ def bert(state: State, text_layers: int) -> State:
         if found := re.match(r"encoder\.layer\.(\d+)\.(.*)", inner):
             number, inside = int(found[1]), _by_table(_LAYER, found[2])
             upper = number >= text_layers
+            if upper and (number - text_layers) % looks and re.match(r"cross_attention\.(key|value)\.", inside):
+                return None
             return f"cross.layers.{number - text_layers}.{inside}" if upper else f"text.layers.{number}.{inside}"
         return _by_table(_REST, inner, unknown=name)
 
@@ -113,10 +118,11 @@ def clip_vit(state: State) -> State:
     return converted
 
 
-def official(state: State, text_layers: int) -> State:
+def official(state: State, text_layers: int, looks: int = 1) -> State:
     """An official X-VLM state dict, with any of its image and text encoders -> :class:`xvlm.XVLM`.
 
-    One with a decoder -> :class:`xvlm.models.decoder.Answerer` if it has an encoder of questions too, else
+    Of the pre-training, retrieval, grounding and NLVR2 models; the last have two ``looks``. One with a decoder ->
+    :class:`xvlm.models.decoder.Answerer` if it has an encoder of questions too, else
     :class:`xvlm.models.decoder.Captioner`, whose decoder is the whole stack, text layers and all.
     """
     parts: dict[str, State] = {"vision_encoder.": {}, "text_encoder.": {}, "text_decoder.": {}, "": {}}
@@ -132,7 +138,24 @@ def official(state: State, text_layers: int) -> State:
     rest = _renamed(parts[""], lambda name: _by_table(_OFFICIAL, name))
     decoder = bert(parts["text_decoder."], 0 if parts["text_encoder."] else text_layers)
     decoder = {f"decoder.{name}": tensor for name, tensor in decoder.items()}
-    return vision | bert(parts["text_encoder."], text_layers) | decoder | rest
+    return vision | bert(parts["text_encoder."], text_layers, looks) | decoder | rest
+
+
+def for_looks(state: State, looks: int) -> State:
+    """The state dict of an :class:`xvlm.XVLM` with one look -> of one with ``looks``: each cross layer once for each.
+
+    The copies start equal; keys and values, which they share, are the first one's (X-VLM's NLVR2 model).
+    """
+    repeated: State = {}
+    for name, tensor in state.items():
+        found = re.match(r"cross\.layers\.(\d+)\.(.*)", name)
+        if found is None:
+            repeated[name] = tensor
+            continue
+        shared = re.match(r"cross_attention\.(key|value)\.", found[2])
+        for look in range(1 if shared else looks):
+            repeated[f"cross.layers.{int(found[1]) * looks + look}.{found[2]}"] = tensor
+    return repeated
 
 
 def in_order(state: State, target: State) -> State:

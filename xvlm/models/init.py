@@ -13,7 +13,9 @@ from xvlm.models.xvlm import XVLM, XVLMConfig, load_strictly
 class InitConfig(Configured):
     """Places as :func:`xvlm.hub.locate` understands them; what none names starts from random values."""
 
-    model: str | None = None  # a whole model: a folder of ours or a hub name
+    # A whole model: a folder of ours or a hub name. What it has and the configuration does not ask for is left out;
+    # heads that it lacks start fresh, and a second look starts as a copy of the first (X-VLM's ``load_pretrained``).
+    model: str | None = None
     vision: str | None = None  # the trunk's weights: a file, with timm's names or with the same tensors in order
     # A BERT-family folder: its first `text_layers` layers read, its last `cross_layers` fuse. Layers may do both, from
     # the same weights at the start: a sentence encoder such as MiniLM says what it means in its last layers only.
@@ -33,12 +35,7 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
     if init.model is not None:
         if init.vision is not None or init.text is not None:
             raise ValueError("init.model is a whole model; init.vision and init.text are for one that is put together")
-        model = XVLM.from_pretrained(init.model).train()
-        if model.config != config:
-            raise ValueError(
-                f"init.model {init.model}: its configuration differs from model: {_difference(model.config, config)}"
-            )
-        return model, []
+        return _for_task(config, XVLM.from_pretrained(init.model), init.model)
     model = XVLM(config)
     loaded: dict[str, torch.Tensor] = {}
     if init.vision is not None:
@@ -55,6 +52,22 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
             raise ValueError(f"init.text {init.text} lacks {missing}")
     load_strictly(model, model.state_dict() | loaded, [init.vision, init.text])
     return model, [name for name, _ in model.named_parameters() if name not in loaded] if loaded else []
+
+
+def _for_task(config: XVLMConfig, pretrained: XVLM, name: str) -> tuple[XVLM, list[str]]:
+    theirs = pretrained.config
+    looks = config.text.looks if theirs.text.looks == 1 else theirs.text.looks
+    text = theirs.text.model_copy(update={"looks": looks})
+    reshaped = theirs.model_copy(update={"text": text, "heads": config.heads})
+    if reshaped != config:
+        raise ValueError(f"init.model {name}: its configuration differs from model: {_difference(reshaped, config)}")
+    state = pretrained.state_dict()
+    if looks != theirs.text.looks:
+        state = convert.for_looks(state, looks)
+    model = XVLM(config)
+    target = model.state_dict()
+    load_strictly(model, target | {part: tensor for part, tensor in state.items() if part in target}, name)
+    return model, [part for part, _ in model.named_parameters() if part not in state]
 
 
 def _text_weights(model: XVLM, name: str) -> dict[str, torch.Tensor]:

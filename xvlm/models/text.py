@@ -33,6 +33,7 @@ class TextConfig(Configured):
     feed_forward: int = 3072
     text_layers: Annotated[int, Field(ge=1)] = 6  # the text encoder
     cross_layers: Annotated[int, Field(ge=1)] = 6  # the cross encoder: these also look at the image
+    looks: Annotated[int, Field(ge=1)] = 1  # concepts a text looks at in turn, with a copy of each cross layer for each
     max_positions: int = 512  # rows of the position table
     position_offset: int = 0  # row of the first word; RoBERTa leaves the rows up to its padding id, 1, unused
     token_types: int = 2
@@ -203,19 +204,27 @@ class TextEncoder(nn.Module):
 class CrossEncoder(nn.Module):
     """The upper layers: word states look at the tokens of a visual concept, ``[pooled, patches it may see]``.
 
+    With ``looks: 2`` there are two of each layer, one after the other: the first looks at the first concept of a
+    question, the second at its second. They share keys and values, the first of them owns these (X-VLM's NLVR2 model,
+    reference ``models/model_nlvr.py``).
+
     ``causal``: as in :class:`TextEncoder`; a word still sees all of the concept.
     """
 
     def __init__(self, config: TextConfig, image_dim: int, *, causal: bool = False):
         super().__init__()
         self.causal = causal
-        self.layers = nn.ModuleList(Layer(config, image_dim) for _ in range(config.cross_layers))
+        self.looks = config.looks
+        self.layers = nn.ModuleList(Layer(config, image_dim) for _ in range(config.cross_layers * config.looks))
+        for number, layer in enumerate(self.layers):
+            if number % self.looks:
+                del layer.cross_attention.key, layer.cross_attention.value
 
     def forward(
         self,
         words: Words,
         concepts: Concepts,
-        about: Int[Tensor, "question"],
+        about: Int[Tensor, "question"] | Int[Tensor, "question look"],
         of: Int[Tensor, "question"] | None = None,
         only: Bool[Tensor, "question word"] | None = None,
         *,
@@ -223,26 +232,37 @@ class CrossEncoder(nn.Module):
     ) -> Words:
         """Each question lets one text look at one concept: text ``of[q]`` (``q`` if not given) at ``about[q]``.
 
+        With more ``looks`` than one, ``about[q]`` lists as many concepts.
+
         The first self-attention has not seen the image yet and is done once per text; the last layer is done only for
         the words asked for in ``only`` (all if not given).
 
         Returns:
             States of the words asked for, question by question; their ``mask`` is ``only``.
+
+        Raises:
+            ValueError: more or fewer concepts per question than the encoder's ``looks``.
         """
+        about = about if about.ndim == 2 else about[:, None]
+        if about.shape[1] != self.looks:
+            raise ValueError(f"questions about {about.shape[1]} concepts each, but text.looks is {self.looks}")
         page = Page.of(words.mask, causal=self.causal)
         x = self.layers[0].attention(words.states, page, words.states, page)
         if of is not None:
             words = Words(x, words.mask).take(of)
             x, page = words.states, Page.of(words.mask, causal=self.causal)
-        asked_from, view = page, View.of(concepts, about[page.sequence])
+        asked_from, view = page, [View.of(concepts, look[page.sequence]) for look in about.unbind(1)]
         for number, layer in enumerate(self.layers):
             asking = x
             if number == len(self.layers) - 1 and only is not None:
                 asking = x.index_select(0, only[words.mask].nonzero()[:, 0])
                 asked_from = page.part(only)
-                view = View.of(concepts, about[asked_from.sequence])
+                view[-1] = View.of(concepts, about[asked_from.sequence, -1])
             if number > 0:
                 asking = layer.attention(asking, asked_from, x, page)
-            keys = layer.cross_attention.project(concepts)
-            x = layer.feed_forward(layer.cross_attention(asking, view, keys, keep_map=number == keep_map))
+            look = number % self.looks
+            if look == 0:
+                keys = layer.cross_attention.project(concepts)
+            mixed = layer.cross_attention(asking, view[look], keys, keep_map=number == keep_map)
+            x = layer.feed_forward(mixed)
         return Words(x, words.mask if only is None else only)

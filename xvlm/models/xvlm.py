@@ -4,7 +4,7 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder
 from xvlm.models.vision import VisionConfig, VisionEncoder
 from xvlm.types import Concepts, Regions, Texts, Words
 
+# What is read off the verbs' results, by the names of the parts; a model has those its task uses.
+PretrainingHead = Literal["image_projection", "text_projection", "temperature", "itm_head", "box_head", "word_head"]
+PRETRAINING_HEADS: tuple[PretrainingHead, ...] = get_args(PretrainingHead)
 # The parts that compare images with texts, without anything that reads both.
 TOWERS = {"vision", "text", "image_projection", "text_projection", "temperature"}
 SCHEMA = 1  # of config.json; raised when a saved folder needs a named upgrade step
@@ -35,6 +38,7 @@ class XVLMConfig(Configured):
     # What of a text is embedded: its [CLS], as X-VLM does, or the mean of its words, for encoders that were trained so
     # (MiniLM and other sentence encoders, whose [CLS] is nearly the same for every text).
     text_pooling: Literal["first", "mean"] = "first"
+    heads: tuple[PretrainingHead | Literal["truth_head", "assignment_head"], ...] = PRETRAINING_HEADS
 
 
 class Head(nn.Sequential):
@@ -76,6 +80,13 @@ class XVLM(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
         self.itm_head = Head(config.text.dim, 2)
         self.box_head = Head(config.text.dim, 4)
+        # Built and dropped, so that the same seed gives the same weights whichever heads there are.
+        for unused in set(PRETRAINING_HEADS) - set(config.heads):
+            delattr(self, unused)
+        if "truth_head" in config.heads:
+            self.truth_head = Head(config.text.dim, 2)
+        if "assignment_head" in config.heads:
+            self.assignment_head = nn.Linear(config.text.dim, 3)
 
     # The three verbs.
 
@@ -91,7 +102,7 @@ class XVLM(nn.Module):
         self,
         words: Words,
         concepts: Concepts,
-        about: Int[Tensor, "question"],
+        about: Int[Tensor, "question"] | Int[Tensor, "question look"],
         of: Int[Tensor, "question"] | None = None,
         only: Bool[Tensor, "question word"] | None = None,
         *,
@@ -103,6 +114,7 @@ class XVLM(nn.Module):
         list: patches are projected once, whoever looks.
 
         Args:
+            about: a concept for each question, or as many as ``text.looks`` says.
             of: which text each question is about; text ``q`` if not given.
             only: the words whose states are wanted (all if not given); the last layer is computed for them alone.
             keep_map: number of the cross layer whose attention, (token, head, 1 + patch) with gradient, is kept in
@@ -159,6 +171,14 @@ class XVLM(nn.Module):
         """Box of what each text says, ``cxcywh`` normalised to the image; fuse with whole images for this."""
         with torch.autocast(fused.states.device.type, enabled=False):  # coordinates need more digits than bfloat16 has
             return self.box_head(fused.first.float()).sigmoid()
+
+    def judge(self, fused: Words) -> Float[Tensor, "text 2"]:
+        """Logits that a statement is false (0) or true (1) of the two images it was shown."""
+        return self.truth_head(fused.first)
+
+    def assign(self, fused: Words) -> Float[Tensor, "text 3"]:
+        """Logits that a text is about the first (0), the second (1) or neither (2) of the two images it was shown."""
+        return self.assignment_head(fused.first)
 
     def guess_words(self, states: Float[Tensor, "hole dim"]) -> Float[Tensor, "hole word"]:
         """Logits over the vocabulary for hidden words."""

@@ -115,8 +115,6 @@ class _Questions:
 
     def __init__(self, words: Words):
         self.words = words
-        self.first = torch.zeros_like(words.mask)
-        self.first[:, 0] = True
         self.of: list[Tensor] = []
         self.about: list[Tensor] = []
         self.wanted: list[Tensor] = []
@@ -128,7 +126,7 @@ class _Questions:
         """Text ``of`` about concept ``about``; its [CLS] is wanted, or the ``wanted`` words. Returns the rows."""
         self.of.append(of)
         self.about.append(about)
-        self.wanted.append(self.first[of] if wanted is None else wanted)
+        self.wanted.append(self.words.beginnings[of] if wanted is None else wanted)
         self.count += len(of)
         return torch.arange(self.count - len(of), self.count, device=of.device)
 
