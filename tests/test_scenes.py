@@ -442,5 +442,5 @@ def test_objects_that_do_not_fit_are_an_error():
     config = SceneConfig(
         min_objects=7, max_objects=7, small=(0.3, 0.32), medium=(0.4, 0.42), large=(0.55, 0.6), max_overlap=0
     )
-    with pytest.raises(RuntimeError, match="no room for 7"):
+    with pytest.raises(ValueError, match="no room for 7"):
         sample_scene(config, "train", 0)

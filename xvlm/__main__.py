@@ -15,6 +15,8 @@ from xvlm.data.shards import BrokenSample
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Sources of data and shards.")
 app.add_typer(data, name="data")
+bench = typer.Typer(no_args_is_help=True, help="What things cost on this machine.")
+app.add_typer(bench, name="bench")
 
 DEFAULT = "xvlm-scenes-tiny"
 
@@ -214,6 +216,46 @@ def data_show(
         captions.append(record.captions[0] if record.captions else record.id)
     viz.contact_sheet(pictures, captions).save(out)
     typer.echo(str(out))
+
+
+@bench.command("step")
+def bench_step(
+    size: Annotated[str, typer.Option(help="tiny, small, or base (Swin-B and BERT-base).")] = "small",
+    images: Annotated[int, typer.Option(min=1, help="Images of the batch.")] = 4,
+    texts_per_image: Annotated[int, typer.Option(min=1, help="The first about the image, the rest about regions.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: torch's own choice.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "fp32",
+    repeats: Annotated[int, typer.Option(min=1, help="Times are medians over them.")] = 5,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: processor time, for a busy machine; one thread.")] = "wall",
+    peak_tflops: Annotated[float | None, typer.Option(help="Of the device, for MFU. Default: of known GPUs.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go as well.")] = None,
+) -> None:
+    """Time, memory and FLOPs of a pre-training step, beside the same step written the naive way."""
+    from functools import partial
+
+    import torch
+
+    from xvlm import bench
+    from xvlm.tasks.pretraining import PretrainingConfig, Task
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = bench.bench_step(
+        size,
+        lambda model: partial(Task(PretrainingConfig(), model).losses, boxes=True),
+        images=images,
+        texts_per_image=texts_per_image,
+        device=device,
+        precision=precision,
+        repeats=repeats,
+        clock=clock,
+        peak_tflops=peak_tflops,
+    )
+    for line in result.lines():
+        typer.echo(line)
+    if json_file is not None:
+        hub.write_atomically(json_file, json.dumps(result.json(), indent=2) + "\n")
 
 
 def main() -> None:

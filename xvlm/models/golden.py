@@ -29,7 +29,8 @@ def outputs(model: "XVLM") -> dict[str, Tensor]:
     The input is one image, two of its boxes and two texts. It is made of whole numbers: the same bits on any machine.
 
     Returns:
-        Unit vectors of image, boxes and texts; matching logits, boxes and a sample of the word logits.
+        Fused states; and by the heads the model has, unit vectors of image, boxes and texts, matching logits, boxes and
+        a sample of the word logits.
     """
     height, width = model.config.vision.image_size
     channel, y, x = torch.meshgrid(torch.arange(3), torch.arange(height), torch.arange(width), indexing="ij")
@@ -48,16 +49,22 @@ def outputs(model: "XVLM") -> dict[str, Tensor]:
 
     concepts = model.encode_image(image[None], regions)
     texts = model.encode_text(Texts(ids, mask))
-    # Questions: both texts about the whole image, and about a box each.
-    fused = model.fuse(texts, concepts, torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 0, 1]))
-    logits = model.guess_words(fused.first)
-    return {
-        "image_embedding": model.embed_image(concepts),
-        "text_embedding": model.embed_text(texts),
-        "matching": model.match(fused),
-        "boxes_cxcywh": model.locate(fused),
-        "words": logits[:, :: max(1, vocabulary // VOCABULARY_SAMPLE)],
+    # Questions: both texts about the whole image, and about a box each; a second look is at the next concept.
+    about = (torch.tensor([0, 0, 1, 2])[:, None] + torch.arange(model.config.text.looks)) % 3
+    fused = model.fuse(texts, concepts, about, torch.tensor([0, 1, 0, 1]))
+    answers = {
+        "image_projection": lambda: {"image_embedding": model.embed_image(concepts)},
+        "text_projection": lambda: {"text_embedding": model.embed_text(texts)},
+        "itm_head": lambda: {"matching": model.match(fused)},
+        "box_head": lambda: {"boxes_cxcywh": model.locate(fused)},
+        "word_head": lambda: {
+            "words": model.guess_words(fused.first)[:, :: max(1, vocabulary // VOCABULARY_SAMPLE)].clone()
+        },
     }
+    found = {"fused": fused.first}
+    for head in model.config.heads:
+        found |= answers.get(head, dict)()
+    return found
 
 
 def write(model: "XVLM", folder: Path) -> None:

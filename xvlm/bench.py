@@ -1,0 +1,495 @@
+"""What one pre-training step costs, beside the same step written the naive way, in one run.
+
+The naive step computes the same losses from the same weights: padded text, an image's tokens copied for each of its
+texts, logits over the vocabulary for every word, and five fusion passes (right pairs, wrong images, wrong texts, hidden
+words, boxes). Only ratios within a run mean anything on a machine that does other work: the two steps and a large
+matrix product take turns, and every time is a median over the repeats.
+"""
+
+import dataclasses
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from xvlm import losses
+from xvlm.boxes import xyxy_to_cxcywh, xyxy_to_xywh
+from xvlm.models.text import Attention, Layer, TextConfig, TextEncoder
+from xvlm.models.vision import VisionConfig
+from xvlm.models.xvlm import XVLM, XVLMConfig
+from xvlm.optim import OptimConfig, make_optimizer
+from xvlm.types import Batch, Concepts, Masked, Regions, Texts, Words
+
+Losses = Callable[[Batch], dict[str, Tensor]]
+
+PADDED_TO = 40  # tokens, as the reference pads its texts
+CAPTION, REGION = 12.0, 8.0  # mean tokens of a text about an image and about a region
+
+SIZES = {
+    "tiny": XVLMConfig(
+        vision=VisionConfig(
+            trunk="swin_tiny_patch4_window7_224",
+            image_size=(128, 128),
+            options={"embed_dim": 32, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 4},
+        ),
+        text=TextConfig(dim=128, heads=4, feed_forward=512, text_layers=2, cross_layers=2),
+        embed_dim=128,
+    ),
+    "small": XVLMConfig(
+        vision=VisionConfig(trunk="swin_tiny_patch4_window7_224"),
+        text=TextConfig(dim=384, heads=6, feed_forward=1536),
+    ),
+    "base": XVLMConfig(),  # X-VLM's: Swin-B and BERT-base
+}
+
+# Dense bfloat16 TFLOP/s of the makers' data sheets; the words are looked for in the device's name, in this order.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "4090": 165.0,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One way to write the step. Times are medians in seconds and include what comes before: forward is in both."""
+
+    forward: float
+    forward_backward: float
+    full: float  # clipping and the optimizer's update included
+    images_per_s: float
+    peak_bytes: int  # at most alive beside the weights and the optimizer's state, gradients included
+    forward_flops: int
+    flops: int  # forward and backward, matrix products and convolutions
+
+
+@dataclass(frozen=True)
+class Result:
+    """Both ways, and what they are compared with. Rates are in FLOP/s, times in seconds."""
+
+    size: str
+    parameters: int
+    images: int
+    texts: int
+    device: str
+    threads: int
+    precision: str
+    clock: str
+    repeats: int
+    naive: Step
+    packed: Step
+    image_flops: int  # of the image encoder, forward: the same for both
+    loss_difference: float  # largest, in float32 and without dropout
+    gradient_difference: float  # norm of the difference over the norm, likewise
+    matmul_rate: float  # of large matrix products on the same device in the same run
+    peak_rate: float | None  # the device's, where known
+
+    @property
+    def floor(self) -> float:
+        """Seconds that the step's FLOPs take at the measured rate of matrix products."""
+        return self.packed.flops / self.matmul_rate
+
+    @property
+    def expected(self) -> float:
+        """How many times faster the packed step's forward and backward would be if FLOPs were all that counts."""
+        return self.naive.flops / self.packed.flops
+
+    def mfu(self, step: Step) -> float | None:
+        """Share of the device's peak that goes into necessary FLOPs: those of the packed step, whichever way."""
+        return None if self.peak_rate is None else self.packed.flops / step.full / self.peak_rate
+
+    def json(self) -> dict[str, Any]:
+        """All fields, and what is derived from them."""
+        derived = {"floor": self.floor, "expected": self.expected, "reached": self.naive.full / self.packed.full}
+        derived |= {"mfu": self.mfu(self.packed), "mfu_naive": self.mfu(self.naive)}
+        return dataclasses.asdict(self) | derived
+
+    def lines(self) -> list[str]:
+        """A table in Markdown, and what it is to be read against."""
+        naive, packed = self.naive, self.packed
+        texts = [step.forward_flops - self.image_flops for step in (naive, packed)]
+        rows = [
+            ("forward, ms", naive.forward * 1e3, packed.forward * 1e3),
+            ("forward and backward, ms", naive.forward_backward * 1e3, packed.forward_backward * 1e3),
+            ("full step, ms", naive.full * 1e3, packed.full * 1e3),
+            ("images/s", naive.images_per_s, packed.images_per_s),
+            ("peak memory beside weights and optimizer, MB", naive.peak_bytes / 1e6, packed.peak_bytes / 1e6),
+            ("GFLOP, forward", naive.forward_flops / 1e9, packed.forward_flops / 1e9),
+            ("GFLOP, forward without the image encoder", texts[0] / 1e9, texts[1] / 1e9),
+            ("GFLOP, forward and backward", naive.flops / 1e9, packed.flops / 1e9),
+        ]
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.clock} time"
+        heading = [
+            f"{self.size}, {self.parameters:,} parameters; {self.images} images, {self.texts} texts",
+            f"{self.device}, {threads}, {self.precision}; medians of {self.repeats}",
+            "",
+            "| | naive | packed | ratio |",
+            "| --- | --- | --- | --- |",
+        ]
+        table = [f"| {name} | {a:,.4g} | {b:,.4g} | {max(a, b) / min(a, b):.2f} |" for name, a, b in rows]
+        if self.peak_rate is not None:
+            mfu = [f"{self.mfu(step):.1%}" for step in (naive, packed)]
+            table.append(f"| MFU, of {self.peak_rate / 1e12:.0f} TFLOP/s | {mfu[0]} | {mfu[1]} | |")
+        ratio = naive.forward_backward / packed.forward_backward
+        return [
+            *heading,
+            *table,
+            "",
+            f"same losses to {self.loss_difference:.0e}, same gradients to {self.gradient_difference:.0e} (float32)",
+            f"forward and backward: {self.expected:.2f} times faster expected from FLOPs, {ratio:.2f} reached",
+            f"floor: {packed.flops / 1e9:,.4g} GFLOP at {self.matmul_rate / 1e9:,.4g} GFLOP/s (large matrix products "
+            f"in this run) take {self.floor * 1e3:,.4g} ms",
+            f"of the floor: {self.floor / packed.forward_backward:.1%} forward and backward, "
+            f"{self.floor / packed.full:.1%} full step; the naive step {self.floor / naive.full:.1%}",
+        ]
+
+
+def bench_step(
+    size: str,
+    make_losses: Callable[[XVLM], Losses],
+    *,
+    images: int,
+    texts_per_image: int,
+    device: str,
+    precision: str,
+    repeats: int,
+    clock: str = "wall",
+    peak_tflops: float | None = None,
+) -> Result:
+    """Measure a pre-training step of a model of a named size with fresh weights, on noise.
+
+    Args:
+        make_losses: from the model to its losses of a batch: the packed way, compared with :func:`naive_losses`.
+        texts_per_image: the first is about the whole image, the others about regions.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``fp32``, or ``bf16`` (autocast).
+        clock: ``wall``; ``cpu`` counts this process's processor time, for a CPU that does other work; one thread only.
+        peak_tflops: the device's peak, for MFU; from :data:`PEAK_TFLOPS` if not given (bf16 on a known GPU).
+
+    Raises:
+        ValueError: unknown size, device, precision or clock; fewer than two texts; several threads by the cpu clock.
+    """
+    place = _check(size, device, precision, clock, images * texts_per_image)
+    torch.manual_seed(0)
+    config = SIZES[size]
+    model = XVLM(config).to(place)
+    batch = make_batch(config, images, texts_per_image, torch.Generator().manual_seed(0)).to(place)
+    ways: dict[str, Losses] = {"naive": lambda batch: naive_losses(model, batch), "packed": make_losses(model)}
+    # At rate 0 the update does all its work and the weights stay: every repeat of both ways sees the same ones.
+    optimizer = make_optimizer(model, OptimConfig(lr=0.0))
+
+    model.eval()
+    with torch.no_grad():
+        image_flops = _flops(lambda: model.encode_image(batch.images, batch.regions))
+    counted = {name: _count(model, way, batch) for name, way in ways.items()}
+    model.train()
+    seconds = _clock(place, clock)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def step(way: Losses) -> tuple[float, float, float]:
+        torch.manual_seed(0)  # the same negatives each time
+        times = [seconds()]
+        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            total = sum(way(batch).values())
+        times.append(seconds())
+        total.backward()
+        times.append(seconds())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(seconds())
+        return times[1] - times[0], times[2] - times[0], times[3] - times[0]
+
+    # These first steps also warm up: the optimizer's state appears in them, and kernels are chosen.
+    product = _product(place, dtype)
+    product()
+    for way in ways.values():
+        step(way)
+    memory = {name: _peak_bytes(place, lambda way=way: step(way)) for name, way in ways.items()}
+    taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+    rates = []
+    for _ in range(repeats):
+        for name, way in ways.items():
+            taken[name].append(step(way))
+            begun = seconds()
+            flops = product()
+            rates.append(flops / (seconds() - begun))
+    measured = {}
+    for name in ways:
+        forward, forward_backward, full = (statistics.median(column) for column in zip(*taken[name], strict=True))
+        measured[name] = Step(
+            forward, forward_backward, full, images / full, memory[name], counted[name].forward, counted[name].both
+        )
+    naive, packed = counted["naive"], counted["packed"]
+    if peak_tflops is None and precision == "bf16":
+        peak_tflops = known_peak(_device_name(place))
+    return Result(
+        size=size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        images=images,
+        texts=images * texts_per_image,
+        device=_device_name(place),
+        threads=torch.get_num_threads(),
+        precision=precision,
+        clock=clock,
+        repeats=repeats,
+        naive=measured["naive"],
+        packed=measured["packed"],
+        image_flops=image_flops,
+        loss_difference=max(abs(naive.losses[name] - packed.losses[name]) for name in naive.losses | packed.losses),
+        gradient_difference=float((naive.gradient - packed.gradient).norm() / naive.gradient.norm()),
+        matmul_rate=statistics.median(rates),
+        peak_rate=None if peak_tflops is None else peak_tflops * 1e12,
+    )
+
+
+def make_batch(config: XVLMConfig, images: int, texts_per_image: int, generator: torch.Generator) -> Batch:
+    """Noise of the usual shape: texts as long as real ones are, a quarter of their words hidden, boxes of a quarter of
+    the image. The first text of each image is about all of it."""
+    count, text = images * texts_per_image, config.text
+    height, width = config.vision.image_size
+    whole = torch.arange(count) % texts_per_image == 0
+    padded_to = min(PADDED_TO, text.max_positions - text.position_offset)
+    mean = torch.where(whole, CAPTION, REGION)
+    lengths = torch.normal(mean, mean / 4, generator=generator).round().long().clamp(4, padded_to)
+    slot = torch.arange(padded_to)
+    mask = slot < lengths[:, None]
+    ids = torch.randint(5, text.vocab_size, mask.shape, generator=generator) * mask
+    # Real words stand between the first token and the last; a random quarter of them, at least one, is hidden.
+    chance = torch.rand(mask.shape, generator=generator).masked_fill((slot == 0) | (slot >= lengths[:, None] - 1), 2.0)
+    hidden = chance.argsort(1).argsort(1) < ((lengths - 2) / 4).round().clamp(min=1)[:, None]
+    corner = torch.rand(count, 2, generator=generator) / 2
+    xyxy = torch.cat([corner, corner + 0.5], 1)
+    xyxy = torch.where(whole[:, None], torch.tensor([0.0, 0.0, 1.0, 1.0]), xyxy)
+    return Batch(
+        torch.randn(images, 3, height, width, generator=generator),
+        Texts(ids, mask),
+        Regions(
+            torch.arange(images).repeat_interleave(texts_per_image),
+            xyxy_to_cxcywh(xyxy),
+            xyxy_to_xywh(xyxy) * torch.tensor([width, height] * 2),
+            whole,
+        ),
+        Masked(torch.where(hidden, 4, ids), hidden),
+        ids=tuple(str(i) for i in range(images)),
+    )
+
+
+# The naive way. It uses the modules of the model, so that weights, dropout and precision are the same.
+
+
+def naive_losses(model: XVLM, batch: Batch) -> dict[str, Tensor]:
+    """The losses of :meth:`xvlm.tasks.pretraining.Task.losses` at its defaults, computed the naive way.
+
+    Args:
+        batch: with hidden words, and texts padded to whatever length.
+    """
+    concepts = model.encode_image(batch.images, batch.regions)
+    mask, count = batch.texts.mask, len(batch.texts.ids)
+    clean = read_padded(model.text, batch.texts.ids, mask)
+    masked = read_padded(model.text, batch.masked.ids, mask)
+    part = concepts.take(len(batch.images) + torch.arange(count, device=mask.device))
+    image, text = model.embed_image(part), model.embed_text(Words(clean[mask], mask))
+    texts, wrong_image, images, wrong_text = losses.hard_negatives(image, text, model.temperature)
+    right = fuse_padded(model, clean, mask, part)
+    fused = [
+        right,
+        fuse_padded(model, clean[texts], mask[texts], part.take(wrong_image)),
+        fuse_padded(model, clean[wrong_text], mask[wrong_text], part.take(images)),
+    ]
+    match = torch.arange(sum(len(states) for states in fused), device=mask.device) < count
+    logits = torch.cat([model.match(_first(states)) for states in fused])
+    guesses = model.guess_words(fuse_padded(model, masked, mask, part).flatten(0, 1)).float()
+    words = batch.texts.ids.masked_fill(~batch.masked.hidden, -100).flatten()
+    located = model.locate(_first(fuse_padded(model, clean, mask, concepts.take(batch.regions.image))))
+    boxed = ~batch.regions.whole
+    l1, giou = losses.box_l1_giou(located[boxed], batch.regions.boxes_cxcywh[boxed])
+    return {
+        "itc": losses.contrastive(image, text, model.temperature),
+        "itm": losses.matching(logits, match.long()),
+        "mlm": F.cross_entropy(guesses, words, ignore_index=-100),
+        "box_l1": l1,
+        "box_giou": giou,
+    }
+
+
+def read_padded(
+    encoder: TextEncoder, ids: Int[Tensor, "text word"], mask: Bool[Tensor, "text word"]
+) -> Float[Tensor, "text word dim"]:
+    """What ``encode_text`` gives, computed for the padding too."""
+    position = torch.arange(ids.shape[1], device=ids.device) + encoder.position_offset
+    x = encoder.norm(encoder.words(ids) + encoder.positions(position) + encoder.types.weight[0])
+    x = F.dropout(x, encoder.dropout, encoder.training)
+    for layer in encoder.layers:
+        x = _feed_forward(layer, _attend(layer.attention, x, x, mask))
+    return x
+
+
+def fuse_padded(
+    model: XVLM, words: Float[Tensor, "text word dim"], mask: Bool[Tensor, "text word"], concepts: Concepts
+) -> Float[Tensor, "text word dim"]:
+    """What ``fuse`` gives where text ``i`` is about concept ``i``: tokens copied for each text, padding computed."""
+    tokens = torch.cat([concepts.pooled[:, None], concepts.patches[concepts.row]], 1)
+    visible = F.pad(concepts.mask, (1, 0), value=True)
+    for layer in model.cross.layers:
+        words = _attend(layer.attention, words, words, mask)
+        words = _feed_forward(layer, _attend(layer.cross_attention, words, tokens, visible))
+    return words
+
+
+def _attend(
+    attention: Attention,
+    x: Float[Tensor, "text word dim"],
+    tokens: Float[Tensor, "text token width"],
+    visible: Bool[Tensor, "text token"],
+) -> Float[Tensor, "text word dim"]:
+    q = attention.split(attention.query(x))
+    k, v = attention.split(attention.key(tokens)), attention.split(attention.value(tokens))
+    mixed = attention.probabilities(q @ k.transpose(-1, -2), visible[:, None, None]) @ v
+    mixed = rearrange(mixed, "text head word d -> (text word) (head d)")
+    return attention.finish(x.flatten(0, 1), mixed).unflatten(0, x.shape[:2])
+
+
+def _feed_forward(layer: Layer, x: Float[Tensor, "text word dim"]) -> Float[Tensor, "text word dim"]:
+    return layer.feed_forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _first(states: Float[Tensor, "text word dim"]) -> Words:
+    """[CLS] alone, as the heads take it."""
+    return Words(states[:, 0], torch.ones(len(states), 1, dtype=torch.bool, device=states.device))
+
+
+# Measuring.
+
+
+class _Counted(NamedTuple):
+    forward: int
+    both: int
+    losses: dict[str, float]
+    gradient: Float[Tensor, "number"]
+
+
+def _count(model: nn.Module, way: Losses, batch: Batch) -> _Counted:
+    """FLOPs, losses and gradients in float32 and without dropout (the model is in ``eval`` mode)."""
+    torch.manual_seed(0)
+    named: dict[str, Tensor] = {}
+    forward = _flops(lambda: named.update(way(batch)))
+    backward = _flops(lambda: sum(named.values()).backward())
+    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    model.zero_grad()
+    return _Counted(forward, forward + backward, {name: loss.detach().item() for name, loss in named.items()}, gradient)
+
+
+def _flops(work: Callable[[], Any]) -> int:
+    # Fused attention written out: not every torch knows the FLOPs of every fused kernel, and what a kernel computes
+    # twice to save memory is no work that had to be done.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        work()
+    return counter.get_total_flops()
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the tensors made while it is active, and their peak: CPUs have no allocator that counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {_storage(tensor)._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := _storage(tensor))._cdata not in given:
+                given.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._gone, storage.nbytes())
+        return result
+
+    def _gone(self, count: int) -> None:
+        self.bytes -= count
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def _peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
+    """Most bytes that tensors take while ``work`` runs, beyond those before; on CUDA, also what kernels need inside."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Alive() as alive:
+        work()
+    return alive.peak
+
+
+def _clock(device: torch.device, clock: str) -> Callable[[], float]:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return time.process_time if clock == "cpu" else now
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], int]:
+    """A square matrix product, large enough to run at the device's rate; returns its FLOPs."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def product() -> int:
+        torch.mm(a, b, out=out)
+        return 2 * n**3
+
+    return product
+
+
+def known_peak(device: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a device by its name, if it is in the table."""
+    words = set(device.replace("-", " ").split())
+    return next((peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= words), None)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _check(size: str, device: str, precision: str, clock: str, texts: int) -> torch.device:
+    for name, value, known in (
+        ("size", size, tuple(SIZES)),
+        ("precision", precision, ("fp32", "bf16")),
+        ("clock", clock, ("wall", "cpu")),
+        ("device", device.partition(":")[0], ("cpu", "cuda")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: no GPU that torch can use")
+    if clock == "cpu" and (device != "cpu" or torch.get_num_threads() != 1):
+        raise ValueError("the cpu clock adds up processor time: use it on the cpu with one thread")
+    if texts < 2:
+        raise ValueError("one text has nothing to be told apart from: take two images or texts")
+    return torch.device(device)
