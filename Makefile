@@ -14,6 +14,7 @@ install: $(BIN)/.installed
 $(BIN)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing torch and what else is needed; this takes minutes and gigabytes"
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 

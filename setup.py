@@ -42,5 +42,5 @@ setup(
         "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.120", "beartype>=0.20", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["xvlm = xvlm.__main__:main"]},
-    classifiers=["License :: OSI Approved :: BSD License", "Programming Language :: Python :: 3"],
+    classifiers=["Programming Language :: Python :: 3"],
 )

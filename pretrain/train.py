@@ -5,6 +5,7 @@ weights, ``results.json`` and ``report.html`` in the run folder. The same comman
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -189,3 +190,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except train.Interrupted as stopped:
         sys.exit(str(stopped))
+    except KeyboardInterrupt:  # while packing or evaluating; whatever is written is written whole or not at all
+        if distributed.world().rank == 0:
+            print("stopped; the same command continues", file=sys.stderr, flush=True)
+        os._exit(130)  # another process may never answer again, and a normal exit would wait for it

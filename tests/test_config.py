@@ -56,3 +56,10 @@ def test_errors_name_the_place(tmp_path, text, message):
 def test_an_override_without_equals_is_explained(tmp_path):
     with pytest.raises(ConfigError, match="expected key=value"):
         load_config(Outer, write(tmp_path, "top.yaml", "steps: 1\n"), ["steps"])
+
+
+def test_a_value_that_is_no_yaml_is_one_line(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"'title=a: b: c': the value is not readable as YAML: [^\n]*$"):
+        load_config(Outer, file, ["title=a: b: c"])

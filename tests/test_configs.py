@@ -156,3 +156,18 @@ def test_a_killed_run_continues_with_the_same_command(tmp_path):
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert (out / "state/00000004/state.pt").exists()
     assert json.loads((out / "results.json").read_text())
+
+
+def test_an_interrupt_while_packing_ends_in_one_line(tmp_path):
+    shards = tmp_path / "shards"
+    started = start(DEMO, f"out={tmp_path / 'run'}", f"corpus.out={shards}", "corpus.splits={train: 1000000}")
+    deadline = time.monotonic() + 100
+    while not (shards / "train").exists():
+        assert started.poll() is None, started.communicate()[1]
+        assert time.monotonic() < deadline, "packing does not begin"
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].endswith("stopped; the same command continues")

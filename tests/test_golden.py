@@ -17,7 +17,7 @@ def test_a_saved_folder_answers_as_it_did(tmp_path, dtype):
     tiny.model().save_pretrained(tmp_path, dtype=dtype)
     largest, near = golden.differences(XVLM.from_pretrained(tmp_path), tmp_path)
     assert near
-    assert set(largest) == {"image_embedding", "text_embedding", "matching", "boxes_cxcywh", "words"}
+    assert set(largest) == {"fused", "image_embedding", "text_embedding", "matching", "boxes_cxcywh", "words"}
     assert set(largest.values()) == {0.0}
     assert (tmp_path / golden.FILE).stat().st_size < 10_000
 

@@ -212,7 +212,11 @@ def data_show(
         record, image = packed.read(i)
         regions = record.regions[:5]
         boxes = torch.tensor([region.box_xyxy for region in regions]).reshape(-1, 4)
-        pictures.append(viz.draw(decode_image(image), boxes, [region.descriptions[0] for region in regions]))
+        try:
+            picture = decode_image(image)
+        except ValueError as error:
+            raise ValueError(f"{shards}: record {record.id}: {error}") from None
+        pictures.append(viz.draw(picture, boxes, [region.descriptions[0] for region in regions]))
         captions.append(record.captions[0] if record.captions else record.id)
     viz.contact_sheet(pictures, captions).save(out)
     typer.echo(str(out))

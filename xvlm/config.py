@@ -80,7 +80,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         try:
             nested: Any = parse_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: {text!r} is not readable as YAML: {error}") from None
+            reason = getattr(error, "problem", None) or error
+            raise ConfigError(f"{override!r}: the value is not readable as YAML: {reason}; quotes may help") from None
         for key in reversed(path.split(".")):
             nested = {key: nested}
         values = merge(values, nested)
@@ -120,7 +121,9 @@ def _explain(config: type[BaseModel], error: Any) -> str:
         return f"unknown key {key!r}; {hint}"
     if error["type"] == "missing":
         return f"missing key {key!r}"
-    return f"{key}: {error['msg']} (found {error['input']!r})"
+    message = error["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
+    return f"{key}: {message}{found}" if key else f"{message}{found}"
 
 
 def _fields_at(config: type[BaseModel], path: Sequence[Any]) -> list[str]:

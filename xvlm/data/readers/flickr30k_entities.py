@@ -72,6 +72,8 @@ def read(folder: Path, split: str, *, allow_missing: bool = False) -> Iterator[t
 def _listed(folder: Path, split: str) -> list[str]:
     if split not in ("train", "val", "test"):
         raise ValueError(f"{folder}: split {split!r}; expected train, val or test")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
     try:
         return (folder / f"{split}.txt").read_text(encoding="utf-8").split()
     except FileNotFoundError:
