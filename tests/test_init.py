@@ -3,7 +3,21 @@
 import pytest
 import tiny
 import torch
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CamembertConfig,
+    CamembertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+    XLMRobertaModel,
+)
 
 from xvlm.models.init import InitConfig, initial_model
 
@@ -117,3 +131,72 @@ def test_another_shape_is_still_refused(tmp_path):
     config = tiny.CONFIG.model_copy(update={"embed_dim": 4, "heads": ("box_head",)})
     with pytest.raises(ValueError, match="embed_dim: 8 and 4"):
         initial_model(config, InitConfig(model=str(tmp_path)))
+
+
+SHAPE = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+# After fairseq's habits: positions start behind the padding id 1, one token type, another epsilon.
+FAIRSEQ = {"max_position_embeddings": 18, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+# MiniLM: more layers, narrow; the sentence encoders among them are saved without a pooler.
+KINDS = {
+    "bert": (BertForMaskedLM, BertConfig, {"max_position_embeddings": 16}),
+    "minilm": (BertModel, BertConfig, {"max_position_embeddings": 16, "num_hidden_layers": 6}),
+    "roberta": (RobertaModel, RobertaConfig, FAIRSEQ),
+    "xlm-r": (XLMRobertaModel, XLMRobertaConfig, FAIRSEQ),
+    "xlm-r with its word head": (XLMRobertaForMaskedLM, XLMRobertaConfig, FAIRSEQ),
+    "camembert": (CamembertModel, CamembertConfig, FAIRSEQ),
+}
+
+
+def saved(kind, folder):
+    """A small model of a kind as transformers saves it, and the shape of ours."""
+    make, config, changes = KINDS[kind]
+    extra = {"add_pooling_layer": False} if kind == "minilm" else {}
+    theirs = make(config(**SHAPE, **{"num_hidden_layers": LAYERS} | changes), **extra).eval()
+    theirs.save_pretrained(folder)
+    shape = {"max_positions": changes["max_position_embeddings"], "norm_eps": theirs.config.layer_norm_eps}
+    shape |= {"token_types": theirs.config.type_vocab_size, "position_offset": 2 if changes is FAIRSEQ else 0}
+    return theirs, tiny.TEXT.model_copy(update=shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cross_layers", [1, 2])
+def test_the_lower_half_gives_the_hidden_states_of_transformers(kind, cross_layers, tmp_path):
+    theirs, text = saved(kind, tmp_path)
+    text_layers = theirs.config.num_hidden_layers - cross_layers
+    text = text.model_copy(update={"text_layers": text_layers, "cross_layers": cross_layers})
+    model, fresh = initial_model(tiny.CONFIG.model_copy(update={"text": text}), InitConfig(text=str(tmp_path)))
+    has_head = theirs.get_output_embeddings() is not None
+    assert any(name.startswith("word_head.") for name in fresh) != has_head
+    texts = tiny.texts(3, torch.Generator().manual_seed(0))
+    ids = torch.where(texts.mask, texts.ids, theirs.config.pad_token_id)
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=texts.mask.long(), output_hidden_states=True).hidden_states
+        words = model.eval().encode_text(texts)
+    torch.testing.assert_close(words.states, expected[text_layers][texts.mask], atol=1e-5, rtol=1e-5)
+    upper = theirs.base_model.encoder.layer[text_layers:]
+    for mine, layer in zip(model.cross.layers, upper, strict=True):
+        assert torch.equal(mine.contract.weight, layer.output.dense.weight)
+
+
+def test_a_pickled_checkpoint_is_read_too(tmp_path):
+    theirs, text = saved("bert", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
+        initial_model(tiny.CONFIG.model_copy(update={"text": text}), InitConfig(text=str(tmp_path)))
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    model, _ = initial_model(tiny.CONFIG.model_copy(update={"text": text}), InitConfig(text=str(tmp_path)))
+    assert torch.equal(model.text.words.weight, theirs.get_input_embeddings().weight)
+
+
+def test_what_would_load_and_give_other_numbers_is_an_error(tmp_path):
+    _, text = saved("xlm-r", tmp_path / "a")
+    wrong = tiny.CONFIG.model_copy(update={"text": text.model_copy(update={"norm_eps": 1e-12})})
+    with pytest.raises(ValueError, match=r"made with norm_eps 1e-05, model\.text says 1e-12"):
+        initial_model(wrong, InitConfig(text=str(tmp_path / "a")))
+    DistilBertModel(DistilBertConfig(dim=16, n_heads=2, hidden_dim=32, n_layers=2)).save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"is a distilbert .*; expected one of bert, roberta, xlm-roberta"):
+        initial_model(tiny.CONFIG, InitConfig(text=str(tmp_path / "b")))
+    shape = SHAPE | {"hidden_act": "relu", "num_hidden_layers": LAYERS, "max_position_embeddings": 16}
+    BertModel(BertConfig(**shape)).save_pretrained(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"is a bert with relu; expected .* with gelu"):
+        initial_model(tiny.CONFIG, InitConfig(text=str(tmp_path / "c")))

@@ -9,6 +9,9 @@ from xvlm.config import Configured
 from xvlm.models import convert
 from xvlm.models.xvlm import XVLM, XVLMConfig, load_strictly
 
+# What transformers calls those that are built as BERT is; MiniLM and other sentence encoders are among them.
+BERTS = ("bert", "roberta", "xlm-roberta", "camembert")
+
 
 class InitConfig(Configured):
     """Places as :func:`xvlm.hub.locate` understands them; what none names starts from random values."""
@@ -73,6 +76,9 @@ def _for_task(config: XVLMConfig, pretrained: XVLM, name: str) -> tuple[XVLM, li
 def _text_weights(model: XVLM, name: str) -> dict[str, torch.Tensor]:
     folder, text = hub.locate(name), model.config.text
     theirs = json.loads((folder / "config.json").read_text())
+    if theirs.get("model_type") not in BERTS or theirs.get("hidden_act", "gelu") != "gelu":
+        kind = f"{theirs.get('model_type')} with {theirs.get('hidden_act')}"
+        raise ValueError(f"init.text {name} is a {kind}; expected one of {', '.join(BERTS)} with gelu")
     layers, heads = theirs["num_hidden_layers"], theirs["num_attention_heads"]
     fits = max(text.text_layers, text.cross_layers) <= layers <= text.text_layers + text.cross_layers
     if not fits or heads != text.heads:
@@ -80,13 +86,20 @@ def _text_weights(model: XVLM, name: str) -> dict[str, torch.Tensor]:
             f"init.text {name}: {layers} layers with {heads} heads, "
             f"but model.text asks for {text.text_layers} + {text.cross_layers} layers with {text.heads} heads"
         )
-    offset = theirs["pad_token_id"] + 1 if theirs.get("model_type") in ("roberta", "xlm-roberta") else 0
+    offset = theirs["pad_token_id"] + 1 if theirs.get("model_type") != "bert" else 0
     if text.position_offset != offset:  # any offset would load: the tables have the same shape
         raise ValueError(
             f"init.text {name} is a {theirs.get('model_type')}: its first word has position {offset}, "
             f"but model.text.position_offset is {text.position_offset}"
         )
-    state = convert.read_checkpoint(folder / "model.safetensors")
+    if text.norm_eps != theirs["layer_norm_eps"]:  # which would load too
+        raise ValueError(
+            f"init.text {name} was made with norm_eps {theirs['layer_norm_eps']}, model.text says {text.norm_eps}"
+        )
+    weights = next((file for file in ("model.safetensors", "pytorch_model.bin") if (folder / file).exists()), None)
+    if weights is None:
+        raise ValueError(f"init.text {name}: {folder} holds neither model.safetensors nor pytorch_model.bin")
+    state = convert.read_checkpoint(folder / weights)
     reads, fuses = convert.bert(state, text.text_layers), convert.bert(state, layers - text.cross_layers)
     cross = {name: tensor for name, tensor in fuses.items() if name.startswith("cross.")}
     return {name: tensor for name, tensor in reads.items() if not name.startswith("cross.")} | cross

@@ -1,5 +1,7 @@
 """The patch encoder: any timm trunk sees an image once, and any box pools its patches into a concept."""
 
+import difflib
+import math
 from typing import Any, Literal
 
 import timm
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xvlm import boxes
 from xvlm.config import Configured
@@ -42,24 +45,34 @@ class VisionConfig(Configured):
 class VisionEncoder(nn.Module):
     """A timm trunk and the adapter around it (X-VLM section 3.1).
 
-    Swin and other trunks without a class token: the whole image's pooled token is the mean of its patches; a ViT's is
-    its class token. A region's pooled token is the mean over the patches its box touches and it shares the image's
-    patches, or with ``local_layers`` the last blocks run once more for it, on the class token and the patches its box
-    touches alone, and it has a class token and a row of patches of its own (reference ``models/vit.py``).
+    The whole image's pooled token is what the trunk was made to pool: its class token, or the mean of its patches where
+    it has none or averages for its classifier (Swin, BEiT, EVA-02, DINOv3, SigLIP; with ``options: {global_pool:
+    token}`` those that have a class token pool it). A region's pooled token is the mean over the patches its box
+    touches and it shares the image's patches, or with ``local_layers`` the last blocks run once more for it, on the
+    class token and the patches its box touches alone, and it has a class token and a row of patches of its own
+    (reference ``models/vit.py``).
+
+    Parameters of the trunk's own head (attention pooling, the norm of a ConvNeXt's head) stay, so that timm's weights
+    fit, but do not learn: nothing of them reaches the patches.
+
+    Raises:
+        ValueError: no such trunk; options or an image size that it cannot have; a trunk without a map of patches, or
+            whose patches do not divide the image evenly.
     """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
         self.trunk = _create_trunk(config)
-        self.dim = self.trunk.num_features
-        with torch.no_grad():
-            was_training = self.trunk.training
-            features = self.trunk.eval().forward_features(torch.zeros(1, 3, *config.image_size))
-            self.trunk.train(was_training)
-        self.prefix = self.trunk.num_prefix_tokens if features.ndim == 3 else 0
-        self.channels_first = features.ndim == 4 and features.shape[1] == self.dim
+        features = self._probe()
+        self.channels_first = features.ndim == 4 and getattr(self.trunk, "output_fmt", "NCHW") != "NHWC"
+        self.dim = features.shape[1 if self.channels_first else -1]
         self.grid = self._grid(features)
+        self.prefix = features.shape[1] - math.prod(self.grid) if features.ndim == 3 else 0
+        self.pools_class_token = self._pools_class_token()
+        reached = _parameters_behind(self._normed(features))
+        for parameter in self.trunk.parameters():
+            parameter.requires_grad_(parameter in reached)
         if config.local_layers:
             self._check_local_layers()
         if config.positions:
@@ -67,16 +80,40 @@ class VisionEncoder(nn.Module):
             self.positions = nn.Parameter(_sine_positions(*self.grid, self.dim))
         self.train()  # as modules begin, but with the statistics that stay as they are
 
+    def _probe(self) -> Tensor:
+        """What the trunk gives for one image: shapes differ between families, and no attribute tells them all."""
+        was_training = self.trunk.training
+        try:
+            with torch.enable_grad():
+                features = self.trunk.eval().forward_features(torch.zeros(1, 3, *self.config.image_size))
+        except Exception as error:  # each family has its own way to say that a size does not fit its windows
+            raise ValueError(_refusal(self.config, f"{type(error).__name__} {error}".strip())) from error
+        self.trunk.train(was_training)
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise ValueError(_refusal(self.config, "it gives no map of patches"))
+        return features
+
     def _grid(self, features: Tensor) -> tuple[int, int]:
+        stride = self.trunk.feature_info[-1]["reduction"]
+        rows, columns = (math.ceil(side / stride) for side in self.config.image_size)
         if features.ndim == 4:
-            rows, columns = features.shape[2:] if self.channels_first else features.shape[1:3]
-            return int(rows), int(columns)
-        rows, columns = self.trunk.patch_embed.grid_size
-        if rows * columns != features.shape[1] - self.prefix:
+            rows, columns = (int(n) for n in (features.shape[2:] if self.channels_first else features.shape[1:3]))
+        elif (tokens := features.shape[1]) - rows * columns not in self._possible_prefixes():
+            raise ValueError(_refusal(self.config, f"{tokens} tokens are no map of {rows} x {columns} patches"))
+        if (rows * stride, columns * stride) != self.config.image_size:  # boxes would be given patches beside their own
             raise ValueError(
-                f"{self.config.trunk}: {features.shape[1]} tokens are not {self.prefix} + {rows} x {columns} patches"
+                _refusal(self.config, f"{rows} x {columns} patches of {stride} x {stride} pixels do not cover them")
             )
         return rows, columns
+
+    def _possible_prefixes(self) -> tuple[int, ...]:
+        known = getattr(self.trunk, "num_prefix_tokens", None)
+        return (0, 1) if known is None else (known,)
+
+    def _pools_class_token(self) -> bool:
+        """Whether the first token stands for the image; it may be a register, or averaging may be what was trained."""
+        has_one = self.prefix > 0 and getattr(self.trunk, "cls_token", None) is not None
+        return has_one and getattr(self.trunk, "global_pool", "token") == "token"
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         super().train(mode)
@@ -88,7 +125,7 @@ class VisionEncoder(nn.Module):
 
     def _check_local_layers(self) -> None:
         local = self.config.local_layers
-        if not isinstance(self.trunk, VisionTransformer) or not self.trunk.has_class_token:
+        if not isinstance(self.trunk, VisionTransformer) or not self.pools_class_token:
             raise ValueError(f"vision.local_layers needs a ViT with a class token, {self.config.trunk} is none")
         if local >= len(self.trunk.blocks):
             raise ValueError(f"vision.local_layers is {local}, {self.config.trunk} has {len(self.trunk.blocks)} blocks")
@@ -124,10 +161,16 @@ class VisionEncoder(nn.Module):
         if features.ndim == 4:
             layout = "row dim y x" if self.channels_first else "row y x dim"
             features = rearrange(features, f"{layout} -> row (y x) dim")
+        features = self._normed(features)
         patches = features[:, self.prefix :]
         if self.config.positions:
             patches = self.norm(patches) + self.positions
-        return patches, (features[:, 0] if self.prefix else patches.mean(1))
+        return patches, (features[:, 0] if self.pools_class_token else patches.mean(1))
+
+    def _normed(self, features: Tensor) -> Tensor:
+        """Where a ViT leaves its last norm to be done on the mean, for its classifier, each token has it."""
+        fc_norm, norm = getattr(self.trunk, "fc_norm", None), getattr(self.trunk, "norm", None)
+        return fc_norm(features) if fc_norm is not None and isinstance(norm, nn.Identity) else features
 
     def _mean_in_box(
         self, patches: Float[Tensor, "image patch dim"], regions: Regions, mask: Bool[Tensor, "region patch"]
@@ -165,7 +208,10 @@ class VisionEncoder(nn.Module):
         x = page.packing.pad(shared[image[region], slot])
         visible = rearrange(page.sees(page), "group slot other -> group 1 slot other")
         for block in self.trunk.blocks[-self.config.local_layers :]:
-            x = block(x, attn_mask=visible)
+            if self.trunk.grad_checkpointing:
+                x = checkpoint(block, x, attn_mask=visible, use_reentrant=False)
+            else:
+                x = block(x, attn_mask=visible)
         alone = page.packing.pack(self.trunk.norm(x))
         return alone.new_zeros(*seen.shape, alone.shape[-1]).index_put((region, slot), alone)
 
@@ -179,17 +225,41 @@ def _pool(
 
 
 def _create_trunk(config: VisionConfig) -> nn.Module:
+    if not timm.is_model(config.trunk):
+        near = difflib.get_close_matches(config.trunk, timm.list_models(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"vision.trunk {config.trunk!r} is not a timm model{hint}")
     # Transformers want their size at birth, convolutional trunks do not know the argument.
     try:
         return timm.create_model(config.trunk, num_classes=0, img_size=config.image_size, **config.options)
     except TypeError:
         pass
-    except RuntimeError as error:
-        raise ValueError(f"vision.trunk {config.trunk!r} is not a timm model: {error}") from None
+    except Exception as error:  # each family has its own way to say that a size or an option does not fit
+        raise ValueError(_refusal(config, f"{type(error).__name__} {error}".strip())) from error
     try:
         return timm.create_model(config.trunk, num_classes=0, **config.options)
-    except TypeError as error:
-        raise ValueError(f"vision.options {config.options} do not fit {config.trunk}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"vision.options {config.options} do not fit {config.trunk}: {error}") from error
+
+
+def _refusal(config: VisionConfig, why: str) -> str:
+    height, width = config.image_size
+    with_options = f" with options {config.options}" if config.options else ""
+    return f"vision.trunk {config.trunk}{with_options} does not take images of {height} x {width} pixels: {why}"
+
+
+def _parameters_behind(output: Tensor) -> set[nn.Parameter]:
+    """The parameters that a tensor was computed from."""
+    found, seen, waiting = set(), set(), [output.grad_fn]
+    while waiting:
+        step = waiting.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        if hasattr(step, "variable"):
+            found.add(step.variable)
+        waiting += [before for before, _ in step.next_functions]
+    return found
 
 
 def _sine_positions(rows: int, columns: int, dim: int) -> Float[Tensor, "patch dim"]:
