@@ -68,6 +68,16 @@ def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recip
     assert [line["step"] for line in logs[0]] == [1, 2, 3, 4, 5, 6]
 
 
+def test_checkpointed_and_compiled_runs_are_what_the_configuration_says(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(train.economy, "compile_layers", compiled.append)
+    plain = run(tmp_path / "plain", steps=3)
+    assert compiled == []
+    economical = run(tmp_path / "economical", steps=3, gradient_checkpointing=True, compile=True)
+    assert len(compiled) == 1
+    torch.testing.assert_close(economical, plain, atol=1e-6, rtol=1e-5)
+
+
 def test_a_signal_saves_and_leaves(tmp_path):
     def interrupted(start):
         for n, batch in enumerate(STREAMS["caption"](start)):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from xvlm import distributed, hub
 from xvlm.config import ConfigError, Configured, dump_config, parse_yaml
+from xvlm.models import economy
 from xvlm.optim import OptimConfig, lr_factor, make_optimizer, set_lr
 from xvlm.types import Batch
 
@@ -43,6 +44,8 @@ class TrainConfig(Configured):
     recipe: Literal["alternate", "joint"] = "alternate"
     region_probability: float = 0.5
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False  # of the encoders: layers are computed a second time, instead of remembered
+    compile: bool = False  # the encoders, by torch.compile: see xvlm/models/economy.py
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 500
     keep: Annotated[int, Field(ge=1)] = 2  # newest states that are kept
@@ -119,6 +122,10 @@ def fit(
     optimizer = make_optimizer(task, optim, fresh)
     step, positions = _restore(out, task, optimizer, streams)
     task.train()
+    if config.compile:
+        economy.compile_layers(task)
+    if config.gradient_checkpointing:
+        economy.checkpoint_layers(task)
     model, optimizer = accelerator.prepare(task, optimizer)
     opened: dict[str, Iterator[Batch]] = {}
     log = _Log(out, accelerator, step, config)
