@@ -48,7 +48,10 @@ class Regions(Movable):
 
 @dataclass(frozen=True)
 class Batch(Movable):
-    """Images and the texts about them. ``ids`` name the records (image by image), ``skipped`` the broken ones."""
+    """Images and the texts about them. ``ids`` name the records (image by image), ``skipped`` the broken ones.
+
+    ``places`` are the images' places in the order of the whole run: the same on any number of processes.
+    """
 
     images: Float[Tensor, "image 3 height width"]
     texts: Texts
@@ -57,6 +60,7 @@ class Batch(Movable):
     ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     sources: dict[str, int] = field(default_factory=dict)
+    places: Int[Tensor, "image"] | None = None
 
 
 @dataclass(frozen=True)
