@@ -89,6 +89,15 @@ def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_pat
     assert Image.open(drawn).width >= 96
 
 
+def test_ground_by_gradcam_shows_the_heat_of_each_phrase(folder, picture, tmp_path, monkeypatch):
+    drawn = tmp_path / "drawn.png"
+    found = lines_of("ground", picture, "a disc", "a star", "--model", folder, "--out", drawn, "--method", "gradcam")
+    assert len(found) == 3 and Image.open(drawn).width > 600
+    assert "expected box or gradcam" in error_of(
+        monkeypatch, "ground", picture, "a", "--model", folder, "--method", "x"
+    )
+
+
 def test_an_unknown_model_ends_in_one_line_that_names_the_shipped_ones(monkeypatch, picture, tmp_path):
     monkeypatch.setattr(hub, "SHIPPED", tmp_path / "weights")
     (tmp_path / "weights/one-that-ships").mkdir(parents=True)

@@ -43,6 +43,10 @@ def ground(
     phrases: Annotated[list[str], typer.Argument(help="What to look for, one or more phrases.")],
     model: Annotated[str, typer.Option(help="Folder, shipped name or hub name.")] = DEFAULT,
     out: Annotated[Path, typer.Option(help="Where the drawn picture goes.")] = Path("grounded.png"),
+    method: Annotated[str, typer.Option(help="box: the box head; gradcam: where the matching head looks.")] = "box",
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Of gradcam: which cross layer. Default: the middle.")
+    ] = None,
 ) -> None:
     """Find phrases in a picture: prints a box each (left top right bottom, pixels) and draws them."""
     import torch
@@ -53,17 +57,29 @@ def ground(
     from xvlm.grounder import Grounder
     from xvlm.models.xvlm import XVLM
     from xvlm.tasks.pretraining import PretrainingConfig, Task
+    from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig
 
     picture = Image.open(image).convert("RGB")
     folder = hub.locate(model)
-    method = Task(PretrainingConfig(), XVLM.from_pretrained(folder)).eval()
-    grounder = Grounder(method, Processor.from_pretrained(folder))
+    weights = XVLM.from_pretrained(folder)
+    if method == "gradcam":
+        middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
+        way = GradCAM(GradCAMConfig(layer=middle if layer is None else layer), weights)
+    elif method == "box":
+        way = Task(PretrainingConfig(), weights)
+    else:
+        raise ValueError(f"--method {method}: expected box or gradcam")
+    grounder = Grounder(way, Processor.from_pretrained(folder))
     grounder.set_image(picture)
     found = grounder.predict_all(phrases)
     for phrase, each in zip(phrases, found, strict=True):
         box = " ".join(f"{edge:.0f}" for edge in each.boxes_xyxy[0].tolist())
         typer.echo(f"{phrase}: {box}")
-    viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), phrases).save(out)
+    if found[0].heat is None:
+        drawn = viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), phrases)
+    else:
+        drawn = viz.contact_sheet([viz.draw(viz.heatmap(picture, each.heat), each) for each in found], phrases)
+    drawn.save(out)
     typer.echo(str(out))
 
 
