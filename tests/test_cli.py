@@ -1,5 +1,7 @@
 """The ``xvlm`` command: what it prints and writes, and one clear line where something is missing."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -96,6 +98,16 @@ def test_ground_by_gradcam_shows_the_heat_of_each_phrase(folder, picture, tmp_pa
     assert "expected box or gradcam" in error_of(
         monkeypatch, "ground", picture, "a", "--model", folder, "--method", "x"
     )
+
+
+def test_calibrated_folders_say_whether_a_phrase_is_there(folder, picture, tmp_path, monkeypatch):
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "val", "--limit", 12)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    printed = lines_of("calibrate", copy, tmp_path / "shards/val")
+    assert [line.partition(":")[0] for line in printed[:4]] == ["n_acc", "t_acc", "calibration_error", "absent"]
+    found = lines_of("ground", picture, "the small red disc", "--model", copy, "--out", tmp_path / "drawn.png")[0]
+    assert re.search(r"(not )?there \(\d\.\d\d\)$", found)
 
 
 def test_an_unknown_model_ends_in_one_line_that_names_the_shipped_ones(monkeypatch, picture, tmp_path):
