@@ -8,7 +8,7 @@ resized, or dropped for a reason.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,13 +139,10 @@ def official(
     """
     kind = kinds.kind(state)
     config = kinds.config(state, kind, image_size=image_size, heads=heads)
-
-    def rename(theirs: State) -> State:
-        return convert.official(theirs, config.text.text_layers, config.text.looks)
-
+    rename = partial(convert.official, text_layers=config.text.text_layers, looks=config.text.looks)
     ours, target = rename(state), _target(config)
     renamed = _places(state, rename)
-    dropped, unknown = _dropped(state.keys() - renamed.keys())
+    dropped, unknown = _dropped([name for name in state if name not in renamed])
     left = sorted(unknown + [name for name, new in renamed.items() if not target.keys() >= set(new)])
     missing = [name for name in target if name not in ours]
     if left or missing:
@@ -206,7 +203,7 @@ def _places(state: State, rename: Rename) -> dict[str, tuple[str, ...]]:
     return {name: tuple(new) for name, new in found.items() if new}
 
 
-def _dropped(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def _dropped(names: list[str]) -> tuple[dict[str, str], list[str]]:
     """Name -> why it has no place, and the names for which there is no reason."""
     why = {name: next((why for end, why in _DROPPED.items() if re.search(rf"({end})$", name)), "") for name in names}
     return {name: reason for name, reason in why.items() if reason}, [name for name in why if not why[name]]
