@@ -137,6 +137,12 @@ def checkpoint(tmp_path):
     return tmp_path / "official.th"
 
 
+def captions(folder):
+    """An official captioning file."""
+    torch.save(official.checkpoint("captioning"), folder / "captions.th")
+    return folder / "captions.th"
+
+
 def test_convert_writes_a_folder_that_loads_right(checkpoint, tmp_path):
     out, tokenizer = tmp_path / "mine", tmp_path / "tokenizer"
     printed = lines_of("convert", checkpoint, out, "--image-size", 48, "--tokenizer", tokenizer)
@@ -157,6 +163,26 @@ def test_convert_writes_a_folder_that_loads_right(checkpoint, tmp_path):
     assert lines_of("verify", out)[-1] == f"{out}: largest difference 0.0e+00, loads right"
 
 
+@pytest.mark.parametrize(("task", "fresh"), [("nlvr", 6), ("vqa", 8)])
+def test_convert_starts_another_task(checkpoint, tmp_path, task, fresh):
+    out = tmp_path / "mine"
+    printed = lines_of(
+        "convert", checkpoint, out, "--task", task, "--image-size", 48, "--tokenizer", tmp_path / "tokenizer"
+    )
+    assert printed[0] == f"{checkpoint}: pretraining (Swin, BERT)"
+    assert any(line.startswith("started fresh ") for line in printed)
+    assert printed[-1].endswith(f"3 resized, {fresh} started fresh")
+    assert lines_of("verify", out)[-1] == f"{out}: largest difference 0.0e+00, loads right"
+
+
+@pytest.mark.parametrize("trunk", ["vit", "clip", "albef"])
+def test_convert_takes_a_vit_at_another_size(tmp_path, trunk):
+    torch.save({"model": official.checkpoint(trunk=trunk)}, tmp_path / "official.th")
+    printed = lines_of("convert", tmp_path / "official.th", tmp_path / "mine", "--image-size", 48)
+    assert "resized vision.trunk.pos_embed: 1 x 17 x 64 -> 1 x 37 x 64" in printed
+    assert lines_of("verify", tmp_path / "mine")[-1].endswith("loads right")
+
+
 def test_convert_finds_the_tokenizer_beside_the_file_or_says_that_there_is_none(checkpoint, tmp_path):
     assert any(line.startswith("no tokenizer: ") for line in lines_of("convert", checkpoint, tmp_path / "without"))
     lines_of("verify", tmp_path / "without")
@@ -172,6 +198,8 @@ def test_convert_refuses_in_one_line_and_writes_nothing(monkeypatch, checkpoint,
     words = len(scenes.vocabulary())
     assert f"the tokenizer has {words + 1} words, the model's embedding {words}" in message
     assert "multiples of 8" in error_of(monkeypatch, "convert", checkpoint, out, "--image-size", 50)
+    assert "starts from none but" in error_of(monkeypatch, "convert", captions(tmp_path), out, "--task", "pretraining")
+    assert "no task 'poems'; there are" in error_of(monkeypatch, "convert", checkpoint, out, "--task", "poems")
     assert "absent.th" in error_of(monkeypatch, "convert", tmp_path / "absent.th", out)
     (tmp_path / "page.th").write_text("<html>")
     assert "a web page, not a checkpoint" in error_of(monkeypatch, "convert", tmp_path / "page.th", out)
