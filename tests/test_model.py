@@ -1,7 +1,5 @@
 """The three verbs: regions are special cases of nothing, packing changes nothing, folders load strictly."""
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -199,26 +197,60 @@ def test_folders_round_trip_and_load_strictly(tmp_path):
     save_file(state | {"text.norm.bias": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match=r"text.norm.bias has shape \(3,\), expected \(16,\)"):
         XVLM.from_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"schema": 99}))
-    with pytest.raises(ValueError, match="schema 99"):
-        XVLM.from_pretrained(tmp_path)
 
 
-def test_towers_alone_load_and_say_what_starts_fresh(tmp_path):
+LACKING = ["box_head", "cross", "image_projection", "itm_head", "temperature", "text_projection", "word_head"]
+
+
+@pytest.fixture
+def towers(tmp_path):
+    """A folder whose weights are those of the two towers, and the model they are of."""
     model = tiny.model()
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    towers = {name: t for name, t in load_file(file).items() if name.startswith(("vision.", "text."))}
-    save_file(towers, file)
-    with pytest.warns(
-        UserWarning, match=r"start fresh: box_head, cross, image_projection, itm_head, temperature, text_p"
-    ):
-        again = XVLM.from_pretrained(tmp_path)
-    assert torch.equal(again.text.words.weight, model.text.words.weight)
-    del towers["text.norm.bias"]  # a tower must be whole
-    save_file(towers, file)
-    with pytest.raises(ValueError, match=r"missing text.norm.bias"), pytest.warns(UserWarning):
+    save_file({name: t for name, t in load_file(file).items() if name.startswith(("vision.", "text."))}, file)
+    return model, tmp_path
+
+
+def test_parts_start_fresh_only_where_they_are_named(towers, caplog):
+    model, folder = towers
+    with pytest.raises(ValueError, match=rf"missing all of {', '.join(LACKING)}; fresh=\['box_head', .*'word_head'\]"):
+        XVLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"missing all of word_head; fresh="):
+        XVLM.from_pretrained(folder, fresh=LACKING[:-1])
+    with pytest.raises(ValueError, match=r"safetensors: text in fresh, but only parts that the weights lack"):
+        XVLM.from_pretrained(folder, fresh=[*LACKING, "text"])
+    again = XVLM.from_pretrained(folder, fresh=LACKING)
+    assert f"start from random values: {', '.join(LACKING)}" in caplog.text
+    assert all(torch.equal(tensor, model.text.state_dict()[name]) for name, tensor in again.text.state_dict().items())
+
+
+def test_a_tower_must_be_whole_and_what_else_is_wrong_is_named_at_once(towers):
+    _, folder = towers
+    state = load_file(folder / "model.safetensors")
+    del state["text.norm.bias"]
+    save_file(state | {"extra": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing all of .*; missing text.norm.bias; unexpected extra; fresh="):
+        XVLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model.safetensors: missing text.norm.bias; unexpected extra$"):
+        XVLM.from_pretrained(folder, fresh=LACKING)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"<!DOCTYPE html><html>", "a web page, not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"\0" * 100, "damaged or no checkpoint"),
+    ],
+)
+def test_weights_that_are_something_else_are_refused(tmp_path, content, why):
+    tiny.model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model.safetensors: .*{why}"):
+        XVLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors"):
         XVLM.from_pretrained(tmp_path)
 
 

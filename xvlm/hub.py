@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def push(folder: Path | str, name: str, *, private: bool = False) -> str:
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
         raise OSError(f"{name}: not pushed to the hub: {' '.join(str(error).split())}") from None
     return str(address)
+
+
+def push_saved(save: Callable[[str], None], name: str, *, private: bool = False) -> str:
+    """:func:`push` what ``save``, given a folder, writes there."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return push(folder, name, private=private)
 
 
 def model_card(name: str, about: str, results: Mapping[str, object], config: str) -> str:

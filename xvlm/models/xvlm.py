@@ -1,21 +1,19 @@
 """XVLM: three verbs (encode_image, encode_text, fuse), the projections and the pre-training heads."""
 
-import json
-import tempfile
-import warnings
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xvlm import boxes, hub
 from xvlm.config import Configured
-from xvlm.models import golden
+from xvlm.models import convert, golden, schema
 from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder
 from xvlm.models.vision import VisionConfig, VisionEncoder
 from xvlm.types import Concepts, Regions, Texts, Words
@@ -23,9 +21,8 @@ from xvlm.types import Concepts, Regions, Texts, Words
 # What is read off the verbs' results, by the names of the parts; a model has those its task uses.
 PretrainingHead = Literal["image_projection", "text_projection", "temperature", "itm_head", "box_head", "word_head"]
 PRETRAINING_HEADS: tuple[PretrainingHead, ...] = get_args(PretrainingHead)
-# The parts that compare images with texts, without anything that reads both.
-TOWERS = {"vision", "text", "image_projection", "text_projection", "temperature"}
-SCHEMA = 1  # of config.json; raised when a saved folder needs a named upgrade step
+
+logger = logging.getLogger(__name__)
 
 
 class XVLMConfig(Configured):
@@ -193,8 +190,7 @@ class XVLM(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"schema": SCHEMA, **self.config.model_dump(mode="json")}
-        hub.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        schema.write(self.config, folder)
         state = {name: _as(dtype, tensor) for name, tensor in self.state_dict().items()}
         with hub.replacing(folder / "model.safetensors") as unfinished:
             save_file(state, unfinished, metadata={"format": "pt"})
@@ -207,40 +203,35 @@ class XVLM(nn.Module):
         Raises:
             OSError: the hub refused, with its reason.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push(folder, name, private=private)
+        return hub.push_saved(self.save_pretrained, name, private=private)
 
     @classmethod
-    def from_pretrained(cls, name: Path | str) -> "XVLM":
+    def from_pretrained(cls, name: Path | str, *, fresh: Sequence[str] = ()) -> "XVLM":
         """Load a folder written by :meth:`save_pretrained`, by path, shipped name (``xvlm-scenes-tiny``) or hub name.
 
-        The path may also be an official checkpoint file (``….th``), see :mod:`xvlm.models.checkpoints`. A folder whose
-        weights are those of the towers alone loads too, with a warning that says which parts start fresh.
+        Folders of older schemas load too, see :mod:`xvlm.models.schema`. The path may also be an official checkpoint
+        file (``….th``), see :mod:`xvlm.models.checkpoints`.
+
+        Args:
+            fresh: parts (``cross``, ``itm_head``, …) that the weights lack and that start from random values, which the
+                log says; for weights that hold the towers alone.
 
         Raises:
             FileNotFoundError: no such folder, or a file missing in it.
-            ValueError: a config field or tensor that is missing, unexpected, of another shape or not finite, by name.
+            ValueError: a config field or tensor that is missing, unexpected, of another shape or not finite, by name;
+                a part that is missing and not in ``fresh``, or in ``fresh`` and not missing.
         """
         folder = hub.locate(name)
         if folder.is_file():
             from xvlm.models import checkpoints  # which builds on this module
 
+            if fresh:
+                raise ValueError(f"{folder}: an official file is loaded whole; fresh is for folders")
             return checkpoints.load(folder)
-        config = json.loads((folder / "config.json").read_text())
-        schema = config.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"{folder / 'config.json'}: schema {schema!r}, this version reads {SCHEMA}")
-        model = cls(XVLMConfig.model_validate(config))
+        model = cls(schema.read(XVLMConfig, folder))
         file = folder / "model.safetensors"
-        try:
-            state = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not readable as safetensors: {error}") from None
-        if fresh := _fresh_parts(model, state):
-            warnings.warn(f"{file} holds towers alone; these start fresh: {', '.join(fresh)}", stacklevel=2)
-            state |= {name: tensor for name, tensor in model.state_dict().items() if _part(name) in fresh}
-        load_strictly(model, state, file)
+        state = convert.read_checkpoint(file)
+        load_strictly(model, state | _fresh(model, state, fresh, file), file)
         return model.eval()
 
 
@@ -268,16 +259,24 @@ def misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     return sorted(wrong)
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
+    """``cross`` of ``cross.layers.0.norm.bias``."""
     return name.partition(".")[0]
 
 
-def _fresh_parts(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """The parts that a state dict of towers alone leaves out; none for any other, where what is missing is an error."""
-    parts = {_part(name) for name in state}
-    if not {"vision", "text"} & parts or parts - TOWERS:
-        return []
-    return sorted({_part(name) for name in model.state_dict()} - parts)
+def _fresh(model: nn.Module, state: dict[str, Tensor], fresh: Sequence[str], file: Path) -> dict[str, Tensor]:
+    """The model's own values for the parts in ``fresh``, which must be all that a state dict holds nothing of."""
+    own = model.state_dict()
+    absent = {part_of(name) for name in own} - {part_of(name) for name in state}
+    if unnamed := sorted(absent - set(fresh)):
+        others = misfits({name: tensor for name, tensor in own.items() if part_of(name) not in absent}, state)
+        hint = f"fresh={sorted(absent)} would start what is missing from random values"
+        raise ValueError(f"{file}: " + "; ".join([f"missing all of {', '.join(unnamed)}", *others, hint]))
+    if needless := sorted(set(fresh) - absent):
+        raise ValueError(f"{file}: {', '.join(needless)} in fresh, but only parts that the weights lack can be")
+    if absent:
+        logger.warning("%s: these start from random values: %s", file, ", ".join(sorted(absent)))
+    return {name: tensor for name, tensor in own.items() if part_of(name) in absent}
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
