@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import official
 import pytest
 import tiny
@@ -61,7 +62,7 @@ def test_help_lists_the_commands_without_importing_torch():
         [sys.executable, "-X", "importtime", "-m", "xvlm", "--help"], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0
-    for command in ("demo", "ground", "export", "convert", "verify", "push", "data"):
+    for command in ("demo", "ground", "embed", "export", "convert", "verify", "push", "data"):
         assert f" {command} " in ran.stdout
     imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
     assert "xvlm.hub" in imported
@@ -87,6 +88,25 @@ def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_pat
         assert -96 <= top <= bottom <= 192
     assert written == str(drawn)
     assert Image.open(drawn).width >= 96
+
+
+def test_embed_writes_vectors_and_ends_with_status_1_where_an_image_was_skipped(monkeypatch, folder, picture, tmp_path):
+    out, boxes = tmp_path / "vectors.npz", tmp_path / "boxes.jsonl"
+    boxes.write_text('{"image": "scene.png", "boxes_xyxy": [[0, 0, 48, 96], [3, 4, 9, 90]]}\n')
+    printed = lines_of("embed", picture, "--boxes", boxes, "--model", folder, "--out", out)
+    assert printed[-1] == f"{out}: 1 images, 2 boxes, vectors of 8"
+    with np.load(out) as kept:
+        assert kept["ids"].tolist() == ["scene.png", "scene.png#0", "scene.png#1"]
+        assert kept["model"] == str(folder)
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:99])
+    both = ["embed", str(picture), str(tmp_path / "broken.png")]
+    ran = CliRunner().invoke(app, [*both, "--model", str(folder), "--out", str(out)])
+    assert ran.exit_code == 1
+    assert "broken.png: image cannot be decoded (99 bytes)" in ran.stdout
+    assert ran.stdout.endswith("1 images, 0 boxes, vectors of 8; 1 images skipped\n")
+    boxes.write_text('{"image": "scene.png", "boxes_xyxy": [[0, 0, 97, 9]]}\n')
+    message = error_of(monkeypatch, "embed", picture, "--boxes", boxes, "--model", folder, "--out", out)
+    assert "boxes.jsonl, line 1: 1 of 1 boxes leave the image of 96 x 96 pixels" in message
 
 
 def test_an_unknown_model_ends_in_one_line_that_names_the_shipped_ones(monkeypatch, picture, tmp_path):

@@ -15,7 +15,7 @@ from xvlm import boxes, hub
 from xvlm.config import Configured
 from xvlm.models import convert, golden, schema
 from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder
-from xvlm.models.vision import VisionConfig, VisionEncoder
+from xvlm.models.vision import VisionConfig, VisionEncoder, regions_in_pixels
 from xvlm.types import Concepts, Regions, Texts, Words
 
 # What is read off the verbs' results, by the names of the parts; a model has those its task uses.
@@ -144,14 +144,8 @@ class XVLM(nn.Module):
         height, width = pixel_values.shape[1:]
         boxes.check_inside(boxes_xyxy, width, height)
         count, device = len(boxes_xyxy), pixel_values.device
-        scale = torch.tensor([width, height, width, height], dtype=torch.float64, device=device)
-        boxes_xyxy = boxes_xyxy.to(device).double()  # float32 would move an edge over the border of a patch
-        regions = Regions(
-            torch.zeros(count, dtype=torch.long, device=device),
-            boxes.xyxy_to_cxcywh(boxes_xyxy / scale),
-            boxes.xyxy_to_xywh(boxes_xyxy),
-            torch.zeros(count, dtype=torch.bool, device=device),
-        )
+        image = torch.zeros(count, dtype=torch.long, device=device)
+        regions = regions_in_pixels(boxes_xyxy.to(device), image, (height, width))
         concepts = self.encode_image(pixel_values[None], regions)
         return self.embed_image(concepts.take(1 + torch.arange(count, device=device)))
 
