@@ -191,6 +191,28 @@ def test_verify_ends_with_status_1_where_a_folder_does_not_load_right(monkeypatc
     assert "missing text.norm.bias" in error_of(monkeypatch, "verify", folder)
 
 
+def test_a_tokenizer_of_another_model_is_refused(monkeypatch, folder, picture):
+    Processor.from_vocabulary([*scenes.vocabulary(), "extra"], ProcessorConfig(image_size=32)).save_pretrained(folder)
+    words = len(scenes.vocabulary())
+    for arguments in (["verify", folder], ["ground", picture, "a star", "--model", folder]):
+        message = error_of(monkeypatch, *arguments)
+        assert f"the tokenizer has {words + 1} words, the model's embedding {words}" in message
+
+
+def test_export_writes_a_folder_that_loads_right_with_a_card(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "model")
+    (run / "results.json").write_text('{"commit": "abc", "seen/trained/mean_iou": 0.5}')
+    (run / "config.yaml").write_text("out: here\n")
+    out = tmp_path / "shared"
+    assert "(float16)" in lines_of("export", run, out, "--half", "--data", "Scenes.", "--licence", "MIT")[-1]
+    assert lines_of("verify", out)[-1].endswith("loads right")
+    card = (out / "README.md").read_text()
+    for part in ("# shared", "## Data\n\nScenes.", "## Licence\n\nMIT", "| seen | mean_iou | 0.500 |", "out: here"):
+        assert part in card
+
+
 def test_push_uploads_what_loads_right(monkeypatch, folder):
     pushed = []
     monkeypatch.setattr(hub, "push", lambda folder, name, *, private: pushed.append((folder, name, private)) or "there")

@@ -268,6 +268,20 @@ def test_a_pickled_checkpoint_is_read_too(tmp_path):
     assert torch.equal(model.text.words.weight, theirs.get_input_embeddings().weight)
 
 
+def test_towers_that_hold_nan_are_refused(tmp_path):
+    theirs, text = saved("bert", tmp_path / "bert")
+    config = tiny.CONFIG.model_copy(update={"text": text})
+    theirs.state_dict()["bert.embeddings.LayerNorm.bias"][3] = torch.nan
+    theirs.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"text\.norm\.bias holds NaN"):
+        initial_model(config, InitConfig(text=str(tmp_path / "bert")))
+    trunk = tiny.model().vision.trunk.state_dict()
+    trunk["norm.bias"][0] = torch.inf
+    save_file(trunk, tmp_path / "trunk.safetensors")
+    with pytest.raises(ValueError, match=r"vision\.trunk\.norm\.bias holds NaN or infinite"):
+        initial_model(tiny.CONFIG, InitConfig(vision=str(tmp_path / "trunk.safetensors")))
+
+
 def test_what_would_load_and_give_other_numbers_is_an_error(tmp_path):
     _, text = saved("xlm-r", tmp_path / "a")
     wrong = tiny.CONFIG.model_copy(update={"text": text.model_copy(update={"norm_eps": 1e-12})})

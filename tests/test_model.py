@@ -295,6 +295,33 @@ def test_regions_of_one_image_in_one_pass_in_chunks_and_in_batches_agree(pooling
     assert model.embed_regions(batch.images[0], many[:0]).shape == (0, 8)
 
 
+def test_the_trunk_sees_the_image_once_however_many_boxes(monkeypatch):
+    model, calls = tiny.model(), []
+    forward = model.vision.trunk.forward_features
+    monkeypatch.setattr(model.vision.trunk, "forward_features", lambda x: calls.append(x.shape) or forward(x))
+    model.embed_regions(torch.zeros(3, 32, 32), torch.tensor([[0.0, 0, 8, 8], [3, 4, 30, 9]]).repeat(2000, 1))
+    assert calls == [(1, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("pooling", ["hard", "soft"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_a_box_within_a_patch_is_that_patch_and_an_edge_on_a_border_touches_no_other(pooling, size):
+    vision = tiny.VISION.model_copy(update={"image_size": size, "pooling": pooling})
+    model = tiny.model(tiny.CONFIG.model_copy(update={"vision": vision}))
+    image = torch.randn(3, *size)
+    concepts = model.encode_image(image[None])
+    columns = concepts.grid[1]
+    alone = torch.nn.functional.normalize(model.image_projection(concepts.patches[0]), dim=-1)
+    found = model.embed_regions(image, torch.tensor([[17.25, 9.5, 17.5, 10.0], [16, 8, 24, 16], [16.5, 0.5, 23, 7]]))
+    torch.testing.assert_close(found, alone[[columns + 2, columns + 2, 2]], atol=1e-5, rtol=1e-5)
+
+
+def test_words_of_another_tokenizer_are_refused():
+    ids = torch.tensor([[2, 7, 60]])
+    with pytest.raises(ValueError, match=r"word 60 of a model with 60 words: the tokenizer and the model do not"):
+        tiny.model().encode_text(Texts(ids, torch.ones_like(ids, dtype=torch.bool)))
+
+
 def test_the_region_that_covers_an_image_is_the_image():
     model, batch = tiny.model(), tiny.batch()
     region = model.embed_regions(batch.images[1], torch.tensor([[0.0, 0.0, 32.0, 32.0]]))

@@ -56,8 +56,9 @@ def ground(
 
     picture = Image.open(image).convert("RGB")
     folder = hub.locate(model)
-    method = Task(PretrainingConfig(), XVLM.from_pretrained(folder)).eval()
-    grounder = Grounder(method, Processor.from_pretrained(folder))
+    loaded, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
+    _check_vocabulary(processor.vocab_size, loaded.config.text.vocab_size)
+    grounder = Grounder(Task(PretrainingConfig(), loaded), processor)
     grounder.set_image(picture)
     found = grounder.predict_all(phrases)
     for phrase, each in zip(phrases, found, strict=True):
@@ -102,8 +103,10 @@ def export(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
     folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
     half: Annotated[bool, typer.Option(help="Store float16: half the size.")] = False,
+    data_used: Annotated[str, typer.Option("--data", help="For the card: what it was trained on, in words.")] = "",
+    licence: Annotated[str, typer.Option(help="For the card.")] = "",
 ) -> None:
-    """Write a run's model as a folder to share: weights, processor, and a card."""
+    """Write a run's model as a folder to share: weights, processor, and a card with data, licence and numbers."""
     import torch
 
     from xvlm.data.processor import Processor
@@ -116,9 +119,9 @@ def export(
     size = (folder / "model.safetensors").stat().st_size / 1e6
     parameters = sum(p.numel() for p in model.parameters())
     about = f"{parameters:,} parameters, {size:.1f} MB ({'float16' if half else 'float32'})."
-    hub.write_atomically(
-        folder / "README.md", hub.model_card(folder.name, about, results, (run / "config.yaml").read_text())
-    )
+    config = (run / "config.yaml").read_text()
+    card = hub.model_card(folder.name, about, results, config, data=data_used, licence=licence)
+    hub.write_atomically(folder / "README.md", card)
     typer.echo(f"{folder}: {about}")
 
 
