@@ -137,13 +137,15 @@ def test_an_image_that_cannot_be_read_is_skipped_and_named(images, processor, tm
     assert "c.png: image cannot be decoded (300 bytes)" in skipped
     images["b.jpg"].write_text("")
     assert embedding.read_boxes(written(tmp_path, [{"image": "b.jpg", "boxes_xyxy": [[0, 0, 9, 9]]}]), images)
-    with pytest.raises(ValueError, match=r"none of the 1 images can be read; the first: .*b\.jpg"):
+    with pytest.raises(ValueError, match=r"none of the 1 images can be read: .*b\.jpg"):
         embedding.embed(model(), processor, {"b.jpg": images["b.jpg"]})
 
 
 def test_what_cannot_be_embedded_is_refused(images, processor):
     with pytest.raises(ValueError, match=r"a\.png: 1 of 1 boxes leave the image of 80 x 50 pixels"):
         embedding.embed(model(), processor, images, {"a.png": {"x": (0.0, 0.0, 81.0, 50.0)}})
+    with pytest.raises(ValueError, match=r"boxes of 'z\.png', which is none of the 3 images"):
+        embedding.embed(model(), processor, images, {"z.png": {}})
     lacking = tiny.model(tiny.CONFIG.model_copy(update={"heads": ("box_head",)}))
     with pytest.raises(ValueError, match=r"the model has no image_projection"):
         embedding.embed(lacking, processor, images)

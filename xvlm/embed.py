@@ -143,17 +143,19 @@ def embed(
         batch_size: images at once. With ``local_layers`` memory grows with their boxes' patches, too.
 
     Raises:
-        ValueError: a model without the projection, a box that leaves its image or is empty, or no image can be read.
+        ValueError: a model without the projection, boxes of an image that is not given, a box that leaves its image or
+            is empty, or no image can be read.
     """
     if "image_projection" not in model.config.heads:
         raise ValueError("the model has no image_projection, so its images cannot be compared with texts")
     device, size, names = next(model.parameters()).device, processor.config.image_size, list(images)
     boxes = boxes or {}
+    if strangers := boxes.keys() - images.keys():
+        raise ValueError(f"boxes of {sorted(strangers)[0]!r}, which is none of the {len(names)} images")
     rows, vectors, skipped = [], [], []
-    bar = tqdm(total=len(names), desc="embedding", unit="image", disable=not progress)
-    for first in range(0, len(names), batch_size):
-        batch, pixels, scaled = names[first : first + batch_size], {}, []
-        for name in batch:
+    for first in tqdm(range(0, len(names), batch_size), desc="embedding", unit="batch", disable=not progress):
+        pixels, scaled = {}, []
+        for name in names[first : first + batch_size]:
             try:
                 picture = decode_image(images[name].read_bytes())
             except (ValueError, OSError) as error:
@@ -163,7 +165,6 @@ def embed(
             pixels[name] = processor.pixel_values(picture)
             # Multiplied first: an edge in the middle of the image stays there.
             scaled.append(inside * torch.tensor([size[1], size[0]] * 2) / torch.tensor(picture.size * 2))
-        bar.update(len(batch))
         if not pixels:
             continue
         counts = [len(each) for each in scaled]
@@ -174,9 +175,8 @@ def embed(
         for name, whole, parts in zip(pixels, found[: len(pixels)], found[len(pixels) :].split(counts), strict=True):
             rows += [(name, name, NOWHERE), *((i, name, box) for i, box in boxes.get(name, {}).items())]
             vectors += [whole[None], parts]
-    bar.close()
     if not rows:
-        raise ValueError(f"none of the {len(names)} images can be read; the first: {skipped[0]}")
+        raise ValueError(f"none of the {len(names)} images can be read: {'; '.join(skipped[:1])}")
     ids, of, where = zip(*rows, strict=True)
     return Vectors(list(ids), list(of), np.array(where), torch.cat(vectors).numpy(), skipped)
 
