@@ -398,7 +398,7 @@ def test_real_size_vits_at_another_resolution(real, name):
     (table,) = (name for name in state if name.startswith("vision_encoder.pos_embed"))
     state[table] = torch.randn(state[table].shape)
     converted = checkpoints.official(state, image_size=384)
-    expected = resize.absolute_positions(state[table].view(1, 197, 768), 24)
+    expected = resize.absolute_positions(state[table].view(1, 197, 768), (14, 14), (24, 24))
     assert torch.equal(converted.state["vision.trunk.pos_embed"], expected)
     assert converted.resized == {"vision.trunk.pos_embed": ((1, 197, 768), (1, 577, 768))}
 

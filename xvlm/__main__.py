@@ -62,7 +62,8 @@ def ground(
 
     picture = Image.open(image).convert("RGB")
     folder = hub.locate(model)
-    weights = XVLM.from_pretrained(folder)
+    weights, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
+    _check_vocabulary(processor.vocab_size, weights.config.text.vocab_size)
     if method == "gradcam":
         middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
         way = GradCAM(GradCAMConfig(layer=middle if layer is None else layer), weights)
@@ -73,7 +74,7 @@ def ground(
     known = Presence.from_pretrained(folder)
     if method == "box" and known is not None:
         way = WithPresence(way, weights, known)
-    grounder = Grounder(way, Processor.from_pretrained(folder))
+    grounder = Grounder(way, processor)
     grounder.set_image(picture)
     found = grounder.predict_all(phrases)
     for phrase, each in zip(phrases, found, strict=True):
@@ -119,12 +120,44 @@ def calibrate(
 
 
 @app.command()
+def embed(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, and folders of pictures.")],
+    out: Annotated[Path, typer.Option(help="Where the vectors go: .npz or .parquet.")] = Path("vectors.npz"),
+    boxes: Annotated[Path | None, typer.Option(help='Boxes of them: {"image": …, "boxes_xyxy": …} a line.')] = None,
+    model: Annotated[str, typer.Option(help="Folder, shipped name or hub name.")] = DEFAULT,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Write unit vectors of pictures and of boxes in them; pictures that cannot be read are named (status 1)."""
+    from xvlm import embed as embedding
+    from xvlm.data.processor import Processor
+    from xvlm.models.xvlm import XVLM
+
+    write, images = embedding.writer_for(out), embedding.find_images(paths)
+    asked = embedding.read_boxes(boxes, images) if boxes is not None else {}
+    folder = hub.locate(model)
+    loaded, processor = XVLM.from_pretrained(folder).to(device), Processor.from_pretrained(folder)
+    vectors = embedding.embed(loaded, processor, images, asked, batch_size=batch_size, progress=True)
+    write(vectors, model, out)
+    for line in vectors.skipped:
+        typer.echo(f"skipped {line}")
+    count = len(images) - len(vectors.skipped)
+    typer.echo(
+        f"{out}: {count} images, {len(vectors.ids) - count} boxes, vectors of {vectors.vectors.shape[1]}"
+        + (f"; {len(vectors.skipped)} images skipped" if vectors.skipped else "")
+    )
+    raise typer.Exit(1 if vectors.skipped else 0)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
     folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
     half: Annotated[bool, typer.Option(help="Store float16: half the size.")] = False,
+    data_used: Annotated[str, typer.Option("--data", help="For the card: what it was trained on, in words.")] = "",
+    licence: Annotated[str, typer.Option(help="For the card.")] = "",
 ) -> None:
-    """Write a run's model as a folder to share: weights, processor, and a card."""
+    """Write a run's model as a folder to share: weights, processor, and a card with data, licence and numbers."""
     import torch
 
     from xvlm.data.processor import Processor
@@ -137,9 +170,9 @@ def export(
     size = (folder / "model.safetensors").stat().st_size / 1e6
     parameters = sum(p.numel() for p in model.parameters())
     about = f"{parameters:,} parameters, {size:.1f} MB ({'float16' if half else 'float32'})."
-    hub.write_atomically(
-        folder / "README.md", hub.model_card(folder.name, about, results, (run / "config.yaml").read_text())
-    )
+    config = (run / "config.yaml").read_text()
+    card = hub.model_card(folder.name, about, results, config, data=data_used, licence=licence)
+    hub.write_atomically(folder / "README.md", card)
     typer.echo(f"{folder}: {about}")
 
 

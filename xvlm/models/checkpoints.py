@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from xvlm.models import convert, kinds, resize
+from xvlm.models import convert, kinds, resize, schema
 from xvlm.models.decoder import Answerer, AnswererConfig, Captioner, CaptionerConfig
 from xvlm.models.kinds import Config, Kind
 from xvlm.models.xvlm import XVLM, Pretrained, load_strictly, misfits
@@ -77,10 +77,11 @@ def load(path: Path | str) -> Pretrained:
     Raises:
         ValueError: as :func:`read`, or as :meth:`xvlm.XVLM.from_pretrained`.
     """
-    config = Path(path) / "config.json"
-    if config.exists():
-        kind = json.loads(config.read_text()).get("model", "XVLM")
-        return MODELS.get(kind, XVLM).from_pretrained(path)
+    if Path(path).is_dir():
+        kind = schema.kind(Path(path))
+        if kind not in MODELS:
+            raise ValueError(f"{path}: holds a model of kind {kind}; known are {', '.join(MODELS)}")
+        return MODELS[kind].from_pretrained(path)
     return build(read(path), path)
 
 

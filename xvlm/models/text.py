@@ -190,13 +190,21 @@ class TextEncoder(nn.Module):
         """What enters the first layer for the ``wanted`` words: word, position and token type.
 
         Raises:
-            ValueError: texts longer than the position table.
+            ValueError: texts longer than the position table; on the CPU, a word that is not in the vocabulary.
         """
         longest, longest_possible = texts.mask.shape[1], self.positions.num_embeddings - self.position_offset
         if longest > longest_possible:
             raise ValueError(f"texts of {longest} tokens, but the model has {longest_possible} positions")
         position = wanted.nonzero()[:, 1] + self.position_offset
-        x = self.norm(self.words(texts.ids[wanted]) + self.positions(position) + self.types.weight[0])
+        ids = texts.ids[wanted]
+        try:
+            words = self.words(ids)
+        except IndexError:
+            raise ValueError(
+                f"word {int(ids.max())} of a model with {self.words.num_embeddings} words: "
+                "the tokenizer and the model do not belong together"
+            ) from None
+        x = self.norm(words + self.positions(position) + self.types.weight[0])
         return F.dropout(x, self.dropout, self.training)
 
     def forward(self, texts: Texts) -> Words:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xvlm import boxes
 from xvlm.config import Configured
-from xvlm.models.packing import Page
+from xvlm.models.packing import Packing, Page
 from xvlm.types import Concepts, Regions
 
 
@@ -244,9 +244,19 @@ def _followed_by(seen: Concepts, pooled: Tensor, row: Tensor, mask: Tensor) -> C
 def _pool(
     weight: Float[Tensor, "region patch"], patches: Float[Tensor, "image patch dim"], image: Int[Tensor, "region"]
 ) -> Float[Tensor, "region dim"]:
-    if len(patches) == 1:  # thousands of boxes of one image: its patches are not copied for each of them
-        return weight @ patches[0]
-    return torch.einsum("rp,rpd->rd", weight, patches[image])
+    """Weighted sums of each region's patches, which are not copied for each of an image's thousands of regions."""
+    by_image = Packing.by(image, len(patches))
+    return by_image.pack(by_image.pad(weight) @ patches)
+
+
+def regions_in_pixels(
+    boxes_xyxy: Float[Tensor, "region 4"], image: Int[Tensor, "region"], size: tuple[int, int]
+) -> Regions:
+    """Boxes in pixels of images of ``size`` (height, width) as parts of these; ``image`` says of which each is one."""
+    boxes_xyxy = boxes_xyxy.double()  # float32 would move an edge over the border of a patch
+    scale = boxes_xyxy.new_tensor([size[1], size[0]] * 2)
+    whole = torch.zeros(len(image), dtype=torch.bool, device=image.device)
+    return Regions(image, boxes.xyxy_to_cxcywh(boxes_xyxy / scale), boxes.xyxy_to_xywh(boxes_xyxy), whole)
 
 
 def _create_trunk(config: VisionConfig) -> nn.Module:
