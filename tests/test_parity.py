@@ -1,9 +1,11 @@
 """The model gives the numbers of the public reference: arrays written by its own code, at tiny sizes."""
 
+import runpy
+
 import numpy as np
 import pytest
 import torch
-from reference import Golden, converted, numbered, read, same_names_and_shapes, whole_images
+from reference import OURS, Golden, converted, numbered, read, same_names_and_shapes, whole_images
 
 from xvlm import boxes, losses
 from xvlm.models.text import TextConfig
@@ -13,13 +15,23 @@ from xvlm.optim import OptimConfig, lr_factor, make_optimizer, parameter_groups
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 from xvlm.types import Batch, Concepts, Masked, Regions, Texts
 
-GOLDENS = {"golden": ("pretrain_swin", "pretrain_vit", "pretrain_clipvit", "pretrain_swin_roberta")}
+CASES = ("pretrain_swin", "pretrain_vit", "pretrain_clipvit", "pretrain_swin_roberta")
+GOLDENS = {"golden": CASES, "trained": ("pretrain_swin",)}
 KINDS = pytest.mark.parametrize("kind", ["img_", "reg_"])
 
 
 @pytest.fixture(scope="module")
 def model(golden) -> XVLM:
     return golden.xvlm()
+
+
+@pytest.fixture(scope="module")
+def trained(request) -> Golden:
+    """A case that also holds iterations of training."""
+    golden = Golden(request.param)
+    if "train" not in golden.manifest:
+        pytest.skip(f"no iterations of training in {golden.folder}")
+    return golden
 
 
 def batch_of(golden: Golden, kind: str) -> Batch:
@@ -138,16 +150,14 @@ def test_adamw(goldens):
 DECAYED_THERE = {"temperature", "itm_head.1.weight", "box_head.1.weight"}
 
 
-def test_iterations_of_training(golden, monkeypatch):
+def test_iterations_of_training(trained, monkeypatch):
     """Two updates an iteration (regions, captions), clipped: losses, gradient norms and weights along the way."""
-    if "train" not in golden.manifest:
-        pytest.skip(f"no iterations of training in {golden.folder}")
-    model, config, steps = golden.xvlm(), OptimConfig(), golden.manifest["train"]["steps"]
-    names, ours = list(golden.state), dict(model.named_parameters())
-    origins = converted(numbered(golden.state), model)
+    model, config, recorded = trained.xvlm(), OptimConfig(), trained.manifest["train"]
+    names, ours = list(trained.state), dict(model.named_parameters())
+    origins = converted(numbered(trained.state), model)
     name_of = {names[int(origin.flatten()[0])]: name for name, origin in origins.items()}
     # Groups: decayed or not, then the same at the new layers' rate.
-    group_of = {name_of[name]: i for i, group in enumerate(golden.manifest["train"]["groups"]) for name in group}
+    group_of = {name_of[name]: i for i, group in enumerate(recorded["groups"]) for name in group}
     fresh = [name for name, i in group_of.items() if i > 1]
     for group in parameter_groups(model, config, fresh):
         here = 2 * (group["lr_scale"] > 1) + (not group["weight_decay"])
@@ -156,12 +166,12 @@ def test_iterations_of_training(golden, monkeypatch):
     groups = [{"params": [p], "decay": decay[name], "group": group_of[name]} for name, p in ours.items()]
     optimizer = torch.optim.AdamW(groups, betas=config.betas, weight_decay=0.0)
 
-    for step in steps:
+    for step in recorded["steps"]:
         for group in optimizer.param_groups:
             group["lr"] = step["lr"][group["group"]]
         for kind in ("reg", "img"):
             optimizer.zero_grad()
-            found = losses_of(golden, model, f"{kind}_", monkeypatch)
+            found = losses_of(trained, model, f"{kind}_", monkeypatch)
             for name, loss in found.items():
                 assert loss.item() == pytest.approx(step[f"{kind}_losses"][name], abs=2e-5), (step["step"], kind, name)
             found["loss"].backward()
@@ -187,6 +197,17 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_names_and_shapes_at_full_size(goldens, name):
     same_names_and_shapes(goldens, name, lambda: XVLM(REAL[name]))
+
+
+def test_the_small_folders_are_what_their_script_makes(tmp_path):
+    runpy.run_path(str(OURS / "make.py"))["make"](tmp_path)
+    made = sorted(folder.name for folder in tmp_path.iterdir())
+    assert made == sorted(folder.parent.name for folder in OURS.glob("*/manifest.json"))
+    for name in made:
+        now, kept = Golden(tmp_path / name), Golden(OURS / name)
+        assert now.manifest.keys() == kept.manifest.keys()
+        for part in ("state", "inputs", "outputs"):
+            torch.testing.assert_close(getattr(now, part), getattr(kept, part), atol=1e-6, rtol=1e-6)
 
 
 def test_region_masks(goldens):
