@@ -102,22 +102,18 @@ class Golden:
     def close(self, name: str, found: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """An output array, or the rows of it that we compute."""
         expected = self.outputs[name] if where is None else self.outputs[name][where]
-        self._note("arrays", name, found, expected)
+        note(self.folder, "arrays", name, found, expected)
         # Half of it for the value: large ones keep fewer digits behind the point.
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=lambda text: f"{name}: {text}")
 
     def loss(self, name: str, found: torch.Tensor) -> None:
-        self._note("losses", name, found, self.outputs[name])
+        note(self.folder, "losses", name, found, self.outputs[name])
         torch.testing.assert_close(found.detach(), self.outputs[name], atol=1e-5, rtol=0)
 
     def same(self, name: str, found: torch.Tensor) -> None:
         """Token for token, number for number."""
-        self._note("arrays", name, found, self.outputs[name])
+        note(self.folder, "arrays", name, found, self.outputs[name])
         assert torch.equal(found, self.outputs[name]), name
-
-    def _note(self, kind: str, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-        assert found.shape == expected.shape, name
-        DIFFERENCES[self.folder][kind][name] = (found.detach().double() - expected.double()).abs().max().item()
 
     def gradients(self, model: nn.Module, prefix: str = "") -> None:
         """The gradient of every parameter against the norm and the weighted sum that the reference stored."""
@@ -136,6 +132,11 @@ class Golden:
             # A norm says nothing of direction or order: the reference also stores a fixed weighted sum.
             probe = gradient.double() @ torch.arange(len(gradient), dtype=torch.float64).cos()
             assert probe.item() == pytest.approx(expected[name]["probe"], abs=1e-3 * norm), name
+
+
+def note(folder: Path, kind: str, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape, name
+    DIFFERENCES[folder][kind][name] = (found.detach().double() - expected.double()).abs().max().item()
 
 
 def converted(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
