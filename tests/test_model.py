@@ -89,17 +89,48 @@ def test_asking_for_some_words_gives_what_asking_for_all_gives():
     assert torch.equal(some.mask, only)
 
 
-def test_attention_maps_are_kept_with_gradient():
+def test_images_are_projected_once_per_layer_whoever_asks():
     model, batch = tiny.model(), tiny.batch()
     concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
-    about = torch.arange(len(batch.texts.ids)) + 3
-    fused = model.fuse(words, concepts, about, keep_map=1)
-    kept = model.cross.layers[1].cross_attention.take_map()
-    assert model.cross.layers[1].cross_attention.map is None
-    assert kept.shape == (len(words.states), 2, 1 + concepts.patches.shape[1])
-    torch.testing.assert_close(kept.sum(-1), torch.ones(kept.shape[:2]))
+    projected = []
+    for layer in model.cross.layers:
+        for part in (layer.cross_attention.key, layer.cross_attention.value):
+            part.register_forward_hook(lambda part, inputs, _: projected.append(inputs[0].numel() // part.in_features))
+    tokens = len(concepts.pooled) + concepts.patches.shape[0] * concepts.patches.shape[1]
+    for questions in (1, 40):
+        projected.clear()
+        of, about = torch.randint(9, (questions,)), torch.randint(12, (questions,))
+        model.fuse(words, concepts, about, of)
+        assert sum(projected) == 2 * len(model.cross.layers) * tokens
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_attention_maps_are_kept_with_gradient(number):
+    model, batch = tiny.model(), tiny.batch()
+    concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
+    of, about = torch.tensor([0, 4, 4, 8, 2]), torch.tensor([3, 0, 7, 11, 1])
+    attention, asking = model.cross.layers[number].cross_attention, []
+    hook = attention.register_forward_pre_hook(lambda _, inputs: asking.append(inputs[0]))
+    fused = model.fuse(words, concepts, about, of, keep_map=number)
+    hook.remove()
+    torch.testing.assert_close(fused.states, model.fuse(words, concepts, about, of).states, atol=1e-6, rtol=1e-5)
+
+    # Written out: each word's softmax over the pooled token and the patches that its concept shows.
+    kept, row = attention.take_map(), 0
+    assert attention.map is None
+    assert kept.shape == (len(fused.states), attention.heads, 1 + concepts.patches.shape[1])
+    for q, concept in enumerate(about.tolist()):
+        tokens = torch.cat([concepts.pooled[concept][None], concepts.patches[concepts.row[concept]]])
+        hidden = torch.cat([torch.tensor([False]), ~concepts.mask[concept]])
+        for _ in range(int(words.mask[of[q]].sum())):
+            query, key = attention.query(asking[0][row]), attention.key(tokens)
+            for head, part in enumerate(torch.arange(len(query)).chunk(attention.heads)):
+                scores = (key[:, part] @ query[part] / len(part) ** 0.5).masked_fill(hidden, -torch.inf)
+                torch.testing.assert_close(kept[row, head], scores.softmax(0), atol=1e-6, rtol=1e-5)
+            row += 1
+    assert row == len(kept)
     (gradient,) = torch.autograd.grad(model.match(fused)[:, 1].sum(), kept)
-    assert gradient.abs().sum() > 0
+    assert (gradient.abs().sum((1, 2)) > 0).any() and not gradient.isnan().any()
 
 
 @pytest.mark.parametrize(

@@ -291,12 +291,12 @@ def bench_step(
 
     import torch
 
-    from xvlm import bench
+    from xvlm.bench import step
     from xvlm.tasks.pretraining import PretrainingConfig, Task
 
     if threads is not None:
         torch.set_num_threads(threads)
-    result = bench.bench_step(
+    result = step.bench_step(
         size,
         lambda model: partial(Task(PretrainingConfig(), model).losses, boxes=True),
         images=images,
