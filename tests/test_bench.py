@@ -11,7 +11,7 @@ import torch
 from test_cli import error_of, lines_of
 from test_model import VIT
 
-from xvlm.bench import measure
+from xvlm.bench import measure, retrieval
 from xvlm.bench import step as bench
 from xvlm.bench.naive import fuse_padded, naive_losses, read_padded
 from xvlm.tasks.pretraining import PretrainingConfig, Task
@@ -151,3 +151,11 @@ def test_what_cannot_be_measured_ends_in_one_line(monkeypatch):
     assert "two images or texts" in error_of(monkeypatch, *step, "--images", 1, "--texts-per-image", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU" in error_of(monkeypatch, *step, "--device", "cuda")
+
+
+def test_both_ways_of_re_ranking_score_the_same_candidates_alike():
+    result = retrieval.bench_retrieval("tiny", images=5, texts_per_image=3, top_k=4, device="cpu", repeats=1)
+    assert result.score_difference < 1e-4
+    assert result.pairs_asked == 5 * 4 + 15 * 4 and 40 <= result.pairs_scored < result.pairs_asked
+    assert result.flops < result.naive_flops / 3
+    assert result.lines()[5].startswith("| re-ranking, s |")

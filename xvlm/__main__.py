@@ -345,6 +345,41 @@ def bench_step(
         clock=clock,
         peak_tflops=peak_tflops,
     )
+    _report(result, json_file)
+
+
+@bench.command("retrieval")
+def bench_retrieval(
+    size: Annotated[str, typer.Option(help="tiny, small, or base (Swin-B and BERT-base).")] = "small",
+    images: Annotated[int, typer.Option(min=1, help="Of the gallery.")] = 16,
+    texts_per_image: Annotated[int, typer.Option(min=1, help="Of the gallery.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="How many candidates of a query are re-ranked.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: torch's own choice.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times are medians over them.")] = 3,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: processor time, for a busy machine; one thread.")] = "wall",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go as well.")] = None,
+) -> None:
+    """Time and FLOPs of re-ranking a gallery both ways, beside the same done a query at a time."""
+    import torch
+
+    from xvlm.bench import retrieval
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = retrieval.bench_retrieval(
+        size,
+        images=images,
+        texts_per_image=texts_per_image,
+        top_k=top_k,
+        device=device,
+        repeats=repeats,
+        clock=clock,
+    )
+    _report(result, json_file)
+
+
+def _report(result, json_file: Path | None) -> None:
     for line in result.lines():
         typer.echo(line)
     if json_file is not None:

@@ -169,7 +169,7 @@ def bench_step(
     Raises:
         ValueError: unknown size, device, precision or clock; fewer than two texts; several threads by the cpu clock.
     """
-    place = _check(size, device, precision, clock, images * texts_per_image)
+    place = check(size, device, precision, clock, images * texts_per_image)
     torch.manual_seed(0)
     config = SIZES[size]
     model = XVLM(config).to(place)
@@ -299,7 +299,7 @@ def make_batch(config: XVLMConfig, images: int, texts_per_image: int, generator:
     )
 
 
-def _check(size: str, device: str, precision: str, clock: str, texts: int) -> torch.device:
+def check(size: str, device: str, precision: str, clock: str, texts: int) -> torch.device:
     for name, value, known in (
         ("size", size, tuple(SIZES)),
         ("precision", precision, ("fp32", "bf16")),
