@@ -95,7 +95,7 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: the name in the files' names, with or without a year: train, val2014, test2017.
-        allow_missing: leave photographs out that are annotated but absent, and log how many.
+        allow_missing: leave photographs out that are annotated but absent, and log how many; a list takes their names.
         require_boxes: refuse a split that has captions only.
         masks: also keep the objects' masks.
 

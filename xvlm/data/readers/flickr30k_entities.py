@@ -40,7 +40,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train, val or test.
-        allow_missing: leave photographs out that are listed but absent, and log how many.
+        allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
         FileNotFoundError: no list, no photographs, no annotations, or a listed one is absent.

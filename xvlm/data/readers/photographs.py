@@ -4,9 +4,10 @@ A reader is a module with ``read(folder, split, *, allow_missing=False) -> Itera
 :class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format.
 """
 
+import csv
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ from xvlm.data.records import Box, Record
 Sample = tuple[Record, bytes]
 AllowMissing = bool | list[str]  # false: an absent photograph is an error; a list takes the names of the absent ones
 Kind = TypeVar("Kind")
+TypeOf = Callable[..., Kind]  # type[Kind] leaves out list[int] and the like
 
 NAMED = 10  # absent photographs that the log names
 
@@ -33,7 +35,7 @@ _PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "
 # Files of annotations
 
 
-def load(kind: type[Kind], path: Path) -> Kind:
+def load(kind: TypeOf[Kind], path: Path) -> Kind:
     """A JSON file as a pydantic model or another type. The file and what is kept of it are in memory at once.
 
     Raises:
@@ -48,7 +50,7 @@ def load(kind: type[Kind], path: Path) -> Kind:
         raise explained(str(path), error) from None
 
 
-def load_lines(kind: type[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
+def load_lines(kind: TypeOf[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
     """Rows of a JSON lines file, each with the name it has in messages. Raises as :func:`load` does."""
     rows = TypeAdapter(kind)
     with path.open("rb") as file:
@@ -60,6 +62,36 @@ def load_lines(kind: type[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
                 except ValidationError as error:
                     raise explained(where, error) from None
                 yield where, row
+
+
+def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Cells of each row of a CSV file in UTF-8, the heading's too, with the name it has in messages.
+
+    Raises:
+        ValueError: not CSV in UTF-8; names the file.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.reader(file, strict=True)
+            for row in table:
+                if row:
+                    yield f"{path} line {table.line_num}", [cell.strip() for cell in row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable as CSV in UTF-8: {error}") from None
+
+
+def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """The heading of a CSV file, and its rows by column with their names in messages. Raises ValueError likewise."""
+    lines = load_cells(path)
+    _, heading = next(lines, ("", []))
+
+    def rows() -> Iterator[tuple[str, dict[str, str]]]:
+        for where, cells in lines:
+            if len(cells) != len(heading):
+                raise ValueError(f"{where}: expected {len(heading)} cells, as in the heading, found {len(cells)}")
+            yield where, dict(zip(heading, cells, strict=True))
+
+    return heading, rows()
 
 
 def explained(where: str, error: ValidationError) -> ValueError:
@@ -114,18 +146,6 @@ class Found(NamedTuple):
             )
 
 
-def size_of(where: Path | str, image: bytes) -> tuple[int, int]:
-    """Width and height, read from the header alone.
-
-    Raises:
-        ValueError: not an image; says of which file.
-    """
-    try:
-        return Image.open(BytesIO(image)).size
-    except Exception as error:  # decoders raise whatever the bytes make them trip over
-        raise ValueError(f"{where}: not an image: {error}") from None
-
-
 class Photographs:
     """Image files of a data set, wherever its copies keep them. A context: leaving it logs how many were absent.
 
@@ -141,14 +161,16 @@ class Photographs:
         self.places = [folder / place for place in places if (folder / place).is_dir()]
         if not self.places:
             raise FileNotFoundError(f"{folder}: no photographs; expected in it a folder {', '.join(places)}")
-        self.allowed = allow_missing is not False
-        self.absent = allow_missing if isinstance(allow_missing, list) else []
+        self.allow_missing = allow_missing
+        self.absent: list[str] = []
         self.asked = 0
 
     def __enter__(self) -> "Photographs":
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if isinstance(self.allow_missing, list):
+            self.allow_missing += self.absent
         if self.absent:
             named = ", ".join(self.absent[:NAMED]) + (" …" if len(self.absent) > NAMED else "")
             logger.warning(
@@ -163,19 +185,36 @@ class Photographs:
 
         Raises:
             FileNotFoundError: absent, which is not allowed.
-            ValueError: not an image.
+            ValueError: not an image, or a URL.
         """
+        if "://" in names[0]:
+            raise ValueError(f"{names[0]}: a URL, but {listed}; download the images and give their paths")
+        path = self.locate(*names)
+        if path is None:
+            return self.take(listed, names[0], self.places[0] / names[0], None)
+        return self.take(listed, names[0], path, path.read_bytes())
+
+    def locate(self, *names: str) -> Path | None:
+        """Where the photograph is that has one of these names; None: nowhere."""
+        return next((path for place in self.places for name in names if (path := place / name).is_file()), None)
+
+    def take(self, listed: str, name: str, path: Path, image: bytes | None) -> Found | None:
+        """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
         self.asked += 1
-        for path in (place / name for place in self.places for name in names):
-            if path.is_file():
-                image = path.read_bytes()
-                return Found(path, image, *size_of(path, image))
-        if not self.allowed:
-            raise FileNotFoundError(
-                f"{self.places[0] / names[0]}: no such photograph, but {listed} (allow_missing leaves it out)"
-            )
-        self.absent.append(names[0])
+        if image is not None:
+            return Found(path, image, *_size(path, image))
+        if self.allow_missing is False:
+            raise FileNotFoundError(f"{path}: no such photograph, but {listed} (allow_missing leaves it out)")
+        self.absent.append(name)
         return None
+
+
+def _size(path: Path, image: bytes) -> tuple[int, int]:
+    """Width and height, read from the header alone."""
+    try:
+        return Image.open(BytesIO(image)).size
+    except Exception as error:  # decoders raise whatever the bytes make them trip over
+        raise ValueError(f"{path}: not an image: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,8 +237,8 @@ def identifier(name: str) -> str:
 def known_as(*names: str) -> dict[str, str]:
     """``Record.same_as`` as far as file names and URLs tell it: COCO's names have COCO's id, Flickr's URLs Flickr's."""
     patterns = {"coco": _COCO_NAME, "flickr": _FLICKR_URL}
-    found = {key: pattern.search(name) for name in names for key, pattern in patterns.items() if pattern.search(name)}
-    return {key: match[1] for key, match in found.items() if match}
+    searched = ((key, pattern.search(name)) for name in names for key, pattern in patterns.items())
+    return {key: match[1] for key, match in searched if match}
 
 
 def inside(box_xyxy: Box, width: int, height: int) -> Box | None:
@@ -208,6 +247,24 @@ def inside(box_xyxy: Box, width: int, height: int) -> Box | None:
     left, right = (min(max(edge, 0.0), float(width)) for edge in (x0, x1))
     top, bottom = (min(max(edge, 0.0), float(height)) for edge in (y0, y1))
     return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def mostly_inside(where: str, box_xyxy: Box, width: int, height: int) -> Box:
+    """As :func:`inside`, of a box that is meant to be there: less than half of it in the image is an error.
+
+    Raises:
+        ValueError: says where, and which box.
+    """
+    left, top, right, bottom = box_xyxy
+    box = inside(box_xyxy, width, height)
+    kept = (box[2] - box[0]) * (box[3] - box[1]) / ((right - left) * (bottom - top)) if box else 0.0
+    if box is None or kept < 0.5:
+        edges = ", ".join(f"{edge:g}" for edge in box_xyxy)
+        raise ValueError(
+            f"{where}: box ({edges}) as left, top, right, bottom: {kept:.0%} of it is in the {width}x{height} image, "
+            "expected at least half"
+        )
+    return box
 
 
 def corners(box_xywh: Box) -> Box:

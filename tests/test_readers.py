@@ -1,0 +1,193 @@
+"""What readers have in common: their call, their errors, and what they share to find photographs and cut boxes."""
+
+import inspect
+import json
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from photographs import jpeg, place
+from pydantic import BaseModel
+
+from xvlm.data import readers
+from xvlm.data.pack import CorpusConfig, Reader, read
+from xvlm.data.readers import photographs
+from xvlm.data.readers.photographs import Photographs
+
+NAMES = [name for name in get_args(Reader) if name != "scenes"]
+each_reader = pytest.mark.parametrize("reader", [import_module(f"xvlm.data.readers.{name}") for name in NAMES])
+
+
+def test_every_reader_is_named_once_and_every_name_is_a_reader():
+    files = {path.stem for path in Path(next(iter(readers.__path__))).glob("*.py")} - {"__init__", "photographs"}
+    assert files == set(NAMES)
+    assert len(NAMES) == len(set(NAMES))
+
+
+@each_reader
+def test_readers_are_called_alike_and_state_their_boxes(reader: ModuleType):
+    parameters = inspect.signature(reader.read).parameters
+    assert list(parameters)[:3] == ["folder", "split", "allow_missing"]
+    assert parameters["allow_missing"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert "Boxes are" in reader.__doc__ or "No boxes" in reader.__doc__
+    assert all(extra.default is not inspect.Parameter.empty for extra in list(parameters.values())[2:])
+
+
+@each_reader
+def test_an_empty_folder_is_named_with_what_it_should_hold(reader: ModuleType, tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        list(reader.read(tmp_path, "train"))
+
+
+@each_reader
+def test_a_split_that_is_none_is_named(reader: ModuleType, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"garden|refs"):
+        list(reader.read(tmp_path, "garden"))
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", "3", '"text"', "null", "{}", '{"images": 5}', "[[]]", "\xff"])
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("coco", "annotations/instances_train.json"),
+        ("visual_genome", "image_data.json"),
+        ("refcoco", "refs(unc).json"),
+        ("refcoco", "refs(unc).p"),
+        ("refcoco_json", "instances.json"),
+        ("refcoco_json", "finetune_refcoco_train.json"),
+        ("openimages", "train-annotations-bbox.csv"),
+        ("objects365", "objects365_train.json"),
+        ("vqa", "v2_OpenEnded_mscoco_train2014_questions.json"),
+        ("nlvr2", "train.json"),
+        ("odvg", "train.jsonl"),
+        ("grit", "0/0.json"),
+        ("grit", "0.tar"),
+        ("xvlm_jsonl", "train.jsonl"),
+        ("albef_json", "train.json"),
+        ("coco_json", "train.json"),
+        ("csv_table", "train.csv"),
+        ("json_lines", "train.jsonl"),
+    ],
+)
+def test_a_file_of_another_shape_is_one_error_that_names_it(tmp_path, name, file, content):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "class-descriptions-boxable.csv").write_text("/m/1,Dog\n")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(content.encode("latin-1"))
+    reader = import_module(f"xvlm.data.readers.{name}")
+    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)) as raised:
+        list(reader.read(tmp_path, "train"))
+    assert "\n" not in str(raised.value)
+
+
+def test_packing_takes_the_reader_of_that_name(tmp_path):
+    place(tmp_path, "a.jpg")
+    (tmp_path / "train.jsonl").write_text('{"image": "a.jpg", "captions": ["a dog"]}\n')
+    corpus = CorpusConfig(reader="json_lines", folder=tmp_path, out=tmp_path / "out", splits={"train": None})
+    ((record, image),) = read(corpus, "train", None)
+    assert (record.captions, image) == (["a dog"], (tmp_path / "a.jpg").read_bytes())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photographs
+
+
+def test_photographs_are_looked_for_in_every_place_under_every_name(tmp_path):
+    place(tmp_path, "a/1.jpg", "b/x/2.jpg", size=(30, 20))
+    with Photographs(tmp_path, "none", "a", "b") as images:
+        assert images.find("it", "1.jpg").path == tmp_path / "a/1.jpg"
+        found = images.find("it", "2.jpg", "x/2.jpg")
+        assert (found.path, found.width, found.height) == (tmp_path / "b/x/2.jpg", 30, 20)
+        assert found.image == jpeg(30, 20)
+        with pytest.raises(FileNotFoundError, match=r"a/3\.jpg: no such photograph, but the list has it"):
+            images.find("the list has it", "3.jpg")
+        with pytest.raises(ValueError, match=r"http://x/1\.jpg: a URL, but the list has it; download"):
+            images.find("the list has it", "http://x/1.jpg")
+    with pytest.raises(FileNotFoundError, match="no photographs; expected in it a folder c, d"):
+        Photographs(tmp_path, "c", "d")
+
+
+def test_absent_photographs_are_logged_and_listed(tmp_path, caplog):
+    place(tmp_path, "a/0.jpg")
+    absent: list[str] = ["of another split.jpg"]
+    with Photographs(tmp_path, "a", allow_missing=absent) as images:
+        found = [images.find("it", f"{i}.jpg") for i in range(13)]
+    assert [one is None for one in found] == [False] + [True] * 12
+    assert absent == ["of another split.jpg", *(f"{i}.jpg" for i in range(1, 13))]
+    assert "12 of 13 photographs are absent: 1.jpg, 2.jpg, " in caplog.text
+    assert "10.jpg …" in caplog.text
+    caplog.clear()
+    with Photographs(tmp_path, "a", allow_missing=True) as images:
+        images.find("it", "0.jpg")
+    assert caplog.text == ""
+
+
+def test_known_photographs_of_coco_and_flickr():
+    url = "http://farm9.staticflickr.com/8035/8024364858_9c41dc1666_z.jpg"
+    assert photographs.known_as("val2014/COCO_val2014_000000391895.jpg", url) == {
+        "coco": "391895",
+        "flickr": "8024364858",
+    }
+    assert photographs.known_as("COCO_train2014_000000581857_16.jpg") == {"coco": "581857"}
+    assert photographs.known_as("000000391895.jpg", "http://example.org/8024364858_9c41dc1666_z.jpg") == {}
+
+
+def test_ids_are_made_of_paths():
+    assert photographs.identifier("val2014/a.b.jpg") == "val2014_a_b"
+    assert photographs.identifier("/data/../x.jpg") == "data_x"
+    assert photographs.identifier("plain") == "plain"
+
+
+edge = st.floats(-50, 150)
+
+
+@given(st.tuples(edge, edge, edge, edge))
+def test_what_is_cut_off_lies_in_the_image_and_in_the_box(box):
+    cut = photographs.inside(box, 100, 80)
+    x0, y0, x1, y1 = box
+    if cut is None:
+        assert min(x1, 100) <= max(x0, 0) or min(y1, 80) <= max(y0, 0)
+    else:
+        left, top, right, bottom = cut
+        assert max(x0, 0) == left < right == min(x1, 100)
+        assert max(y0, 0) == top < bottom == min(y1, 80)
+
+
+def test_a_box_that_is_meant_to_be_in_the_image_has_to_be_mostly_there():
+    assert photographs.mostly_inside("a", (-1.0, 0.0, 10.0, 10.0), 100, 80) == (0, 0, 10, 10)
+    for box, share in [
+        ((60.0, 0.0, 160.0, 80.0), "40%"),
+        ((100.0, 0.0, 120.0, 10.0), "0%"),
+        ((5.0, 5.0, 5.0, 9.0), "0%"),
+    ]:
+        with pytest.raises(ValueError, match=f"line 3: box .* {share} of it is in the 100x80 image, expected at least"):
+            photographs.mostly_inside("line 3", box, 100, 80)
+
+
+class Thing(BaseModel):
+    name: str
+
+
+def test_errors_name_file_entry_field_and_what_was_found(tmp_path):
+    path = tmp_path / "things.json"
+    path.write_text(json.dumps([{"name": "a"}, {"name": 5}]))
+    with pytest.raises(ValueError, match=r"things\.json: 1\.name: .* valid string \(found 5\)"):
+        photographs.load(list[Thing], path)
+    path.write_text('{"name": "a"}\n\n{"nam": "a"}\n')
+    lines = photographs.load_lines(Thing, path)
+    assert next(lines) == (f"{path} line 1", Thing(name="a"))
+    with pytest.raises(ValueError, match=r"things\.json line 3: name: Field required$"):
+        next(lines)
+
+
+def test_several_files_to_choose_from_are_named(tmp_path):
+    for name in ("a_train.json", "b_train.json", "b_val.json"):
+        (tmp_path / name).touch()
+    assert photographs.only(tmp_path, "train.json", "*_val.json") == tmp_path / "b_val.json"
+    assert photographs.only(tmp_path, "test.json") is None
+    with pytest.raises(ValueError, match=r"expected one file \*_train\.json, found a_train\.json, b_train\.json"):
+        photographs.only(tmp_path, "*_train.json")
