@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from photographs import jpeg, place
 from pydantic import BaseModel
@@ -35,6 +35,11 @@ def test_readers_are_called_alike_and_state_their_boxes(reader: ModuleType):
     assert parameters["allow_missing"].kind is inspect.Parameter.KEYWORD_ONLY
     assert "Boxes are" in reader.__doc__ or "No boxes" in reader.__doc__
     assert all(extra.default is not inspect.Parameter.empty for extra in list(parameters.values())[2:])
+
+
+@pytest.mark.parametrize("name", get_args(Reader))
+def test_the_page_has_every_reader(name):
+    assert f"\n| `{name}` | " in (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
 
 
 @each_reader
@@ -145,6 +150,7 @@ def test_ids_are_made_of_paths():
 edge = st.floats(-50, 150)
 
 
+@settings(deadline=None)
 @given(st.tuples(edge, edge, edge, edge))
 def test_what_is_cut_off_lies_in_the_image_and_in_the_box(box):
     cut = photographs.inside(box, 100, 80)

@@ -6,7 +6,7 @@ from base64 import b64encode
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from photographs import jpeg, place, real
 
@@ -241,6 +241,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(said=st.dictionaries(st.sampled_from([*Record.model_fields, "image", "image_base64"]), json_values, max_size=4))
 def test_whatever_a_line_says_it_is_a_record_or_one_clear_error(tmp_path_factory, said):
     folder = tmp_path_factory.mktemp("own")

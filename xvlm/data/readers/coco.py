@@ -11,10 +11,12 @@ Boxes are ``xywh`` in pixels. Objects365 and the RefCOCO family write their boxe
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.dataclasses import dataclass
 
 from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, load, record
 from xvlm.data.records import RLE, Object
@@ -48,13 +50,14 @@ class RunLengths(BaseModel):
     counts: str | list[int]
 
 
-class Instance(BaseModel):
+@dataclass(slots=True)  # no model: Objects365 has millions of them
+class Instance:
     id: int
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
     iscrowd: bool = False
-    segmentation: list[list[float]] | RunLengths | list[RunLengths] = []
+    segmentation: list[list[float]] | RunLengths | list[RunLengths] = field(default_factory=list)
 
 
 class Category(BaseModel):
@@ -115,14 +118,16 @@ def read(
     boxed = load(InstanceFile, instances_at) if instances_at.exists() else NO_INSTANCES
     photographs = {photograph.id: photograph for photograph in captioned.images + boxed.images}
     captions = _captions(captions_at, captioned, photographs)
-    objects = objects_of(instances_at, boxed, photographs, masks)
+    instances = instances_of(instances_at, boxed, photographs)
+    labels = {category.id: category.name for category in boxed.categories}
     licences = {one.id: f"{one.name} {one.url}".strip() for one in captioned.licenses + boxed.licenses}
     with Photographs(folder, f"images/{split}", split, "images", allow_missing=allow_missing) as images:
         for photograph in photographs.values():
             found = images.find(f"the annotations of {split} list it", photograph.file_name)
             if found is None:
                 continue
-            if photograph.id in objects:
+            objects = objects_of(instances_at, instances.get(photograph.id, []), labels, photograph, masks)
+            if objects:
                 found.check_size(photograph.width, photograph.height)
             made = record(
                 f"{folder}: image {photograph.id}",
@@ -131,7 +136,7 @@ def read(
                 source=SOURCE,
                 split=part,
                 captions=captions.get(photograph.id, []),
-                objects=objects.get(photograph.id, []),
+                objects=objects,
                 licence=licences.get(photograph.license, ""),
                 credit=photograph.flickr_url,
                 same_as=known_as(photograph.flickr_url),
@@ -150,37 +155,45 @@ def _captions(path: Path, file: CaptionFile, photographs: dict[int, Photograph])
     return captions
 
 
-def objects_of(
-    path: Path, file: InstanceFile, photographs: dict[int, Photograph], masks: bool
-) -> dict[int, list[Object]]:
-    """Objects of each photograph, boxes cut off at its border; crowds and boxes without area are left out.
+def instances_of(path: Path, file: InstanceFile, photographs: dict[int, Photograph]) -> dict[int, list[Instance]]:
+    """The annotations of each photograph.
 
     Raises:
-        ValueError: an annotation of no photograph or category of the file, or a mask of another size; names it.
+        ValueError: an annotation of no photograph or category of the file; names it.
     """
-    labels = {category.id: category.name for category in file.categories}
-    objects = defaultdict(list)
+    known = {category.id for category in file.categories}
+    instances = defaultdict(list)
     for annotation in file.annotations:
-        photograph = _known(path, annotation, photographs)
-        if annotation.category_id not in labels:
+        _known(path, annotation, photographs)
+        if annotation.category_id not in known:
             raise ValueError(
                 f"{path}: annotation {annotation.id}: category_id {annotation.category_id} is not among the file's "
-                f"{len(labels)} categories"
+                f"{len(known)} categories"
             )
+        instances[annotation.image_id].append(annotation)
+    return instances
+
+
+def objects_of(
+    path: Path, instances: list[Instance], labels: dict[int, str], photograph: Photograph, masks: bool
+) -> list[Object]:
+    """Annotations as objects, boxes cut off at the photograph's border; crowds and boxes without area are left out.
+
+    Raises:
+        ValueError: a mask of another size; names the annotation.
+    """
+    objects = []
+    for annotation in instances:
         box = inside(corners(annotation.bbox), photograph.width, photograph.height)
-        if box is None or annotation.iscrowd:
-            continue
-        mask = mask_of(path, annotation, photograph) if masks else None
-        objects[annotation.image_id].append(
-            Object(box_xyxy=box, label=labels[annotation.category_id], mask=mask),
-        )
+        if box is not None and not annotation.iscrowd:
+            mask = mask_of(path, annotation, photograph) if masks else None
+            objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], mask=mask))
     return objects
 
 
-def _known(path: Path, annotation: Caption | Instance, photographs: dict[int, Photograph]) -> Photograph:
+def _known(path: Path, annotation: Caption | Instance, photographs: dict[int, Photograph]) -> None:
     if annotation.image_id not in photographs:
         raise ValueError(f"{path}: annotation {annotation.id}: image_id {annotation.image_id} is not among the images")
-    return photographs[annotation.image_id]
 
 
 def mask_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | None:

@@ -7,14 +7,14 @@ Files as published (Shao et al. 2019, https://www.objects365.org), version 1 or 
     folder/images/v1/patch8/FILE                         as ``file_name`` says, or folder/{split}/patch8/FILE,
                                                          folder/images/{split}/patch8/FILE, or without the patch
 
-Boxes are ``xywh`` in pixels. The file is held in memory: that of version 2's train takes tens of gigabytes, so pack it
-where there are as many, or in parts.
+Boxes are ``xywh`` in pixels. The file is held in memory, as objects that take several times its size: that of version
+2's train, gigabytes itself, needs a large machine.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from xvlm.data.readers.coco import InstanceFile, objects_of
+from xvlm.data.readers.coco import InstanceFile, instances_of, objects_of
 from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, load, only, part_of, record
 
 SOURCE = "objects365"
@@ -41,10 +41,11 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         raise FileNotFoundError(f"{folder}: no {' or '.join(names)}, nor in annotations/ or {split}/ of it")
     file = load(InstanceFile, path)
     photographs = {photograph.id: photograph for photograph in file.images}
-    objects = objects_of(path, file, photographs, masks=False)
+    instances = instances_of(path, file, photographs)
+    labels = {category.id: category.name for category in file.categories}
     with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
         for photograph in file.images:
-            if photograph.id not in objects:
+            if photograph.id not in instances:
                 continue
             name = Path(photograph.file_name)
             names_of_copies = (photograph.file_name, f"{name.parent.name}/{name.name}", name.name)
@@ -58,7 +59,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 id=str(photograph.id),
                 source=SOURCE,
                 split=part,
-                objects=objects[photograph.id],
+                objects=objects_of(path, instances[photograph.id], labels, photograph, masks=False),
                 original_id=photograph.file_name,
             )
             yield made, found.image

@@ -1,6 +1,6 @@
 """Reads ODVG, the format of MM-Grounding-DINO and Open-GroundingDino: captions with boxed phrases, or labelled boxes.
 
-JSON lines as their documentation shows (Zhao et al. 2024; mmdetection: configs/mm_grounding_dino/dataset_prepare.md),
+JSON lines as their documentation shows (Zhao et al. 2024; mmdetection: configs/mm_grounding_dino),
 in the folder or in annotations/::
 
     folder/{split}.jsonl               or {split}.json, *{split}*.jsonl, *{split}*_vg.json, *{split}*_od*.json

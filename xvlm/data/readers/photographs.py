@@ -196,7 +196,7 @@ class Photographs:
 
     def locate(self, *names: str) -> Path | None:
         """Where the photograph is that has one of these names; None: nowhere."""
-        return next((path for place in self.places for name in names if (path := place / name).is_file()), None)
+        return next((path for place in self.places for name in names if _is_file(path := place / name)), None)
 
     def take(self, listed: str, name: str, path: Path, image: bytes | None) -> Found | None:
         """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
@@ -207,6 +207,13 @@ class Photographs:
             raise FileNotFoundError(f"{path}: no such photograph, but {listed} (allow_missing leaves it out)")
         self.absent.append(name)
         return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _size(path: Path, image: bytes) -> tuple[int, int]:

@@ -37,7 +37,8 @@ from xvlm.data.readers.photographs import (
 )
 from xvlm.data.records import Expression
 
-PLACES = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images/saiapr_tc-12", "saiapr_tc-12")
+SETS = ("images/mscoco/images/train2014", "images/train2014", "train2014", "images/saiapr_tc-12", "saiapr_tc-12")
+PLACES = (*SETS, *(f"../{place}" for place in SETS), "images", "../images")
 
 _BY = re.compile(r"g?refs\((\w+)\)\.(?:p|json)")
 
@@ -95,8 +96,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
     for ref in chosen:
         refs_of.setdefault(ref.image_id, []).append(ref)
     root = folder.resolve()
-    places = [*(f"{above}{place}" for above in ("", "../") for place in PLACES), "images", "../images"]
-    with Photographs(root, *places, allow_missing=allow_missing) as images:
+    with Photographs(root, *PLACES, allow_missing=allow_missing) as images:
         for image_id, image_refs in refs_of.items():
             if image_id not in photographs:
                 raise ValueError(f"{instances_at}: no image {image_id}, which {refs_at.name} refers to")

@@ -1,4 +1,4 @@
-"""Reads RefCOCO, RefCOCO+, RefCOCOg and ReferIt in two JSON forms that circulate.
+"""Reads RefCOCO, RefCOCO+ and RefCOCOg in two JSON forms that circulate.
 
 As MDETR wrote them, COCO's format with an image per expression (Kamath et al. 2021), or as SeqTR did, one file with a
 list per split (Zhu et al. 2022)::
@@ -50,16 +50,11 @@ class CaptionedFile(BaseModel):
 
 
 class Referred(BaseModel):
-    image_id: int | str
+    image_id: int
     width: int
     height: int
     bbox: Box
     expressions: list[str]
-
-    @property
-    def file_name(self) -> str:
-        """Images of COCO are numbered, those of ReferIt named."""
-        return f"COCO_train2014_{self.image_id:012d}.jpg" if isinstance(self.image_id, int) else f"{self.image_id}.jpg"
 
 
 class Said(BaseModel):
@@ -93,8 +88,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     for one in _per_split(path, split) if path.name == "instances.json" else _captioned(path):
         said_of.setdefault(one.file_name, []).append(one)
     root = folder.resolve()
-    places = [*(f"{above}{place}" for above in ("", "../") for place in PLACES), "images", "../images"]
-    with Photographs(root, *places, allow_missing=allow_missing) as images:
+    with Photographs(root, *PLACES, allow_missing=allow_missing) as images:
         for file_name, said in said_of.items():
             found = images.find(f"{path.name} lists it", file_name)
             if found is None:
@@ -133,4 +127,4 @@ def _per_split(path: Path, split: str) -> Iterator[Said]:
     if split not in parts:
         raise ValueError(f"{path}: no split {split!r}; it has {', '.join(parts)}")
     for one in parts[split]:
-        yield Said(file_name=one.file_name, **one.model_dump(exclude={"image_id"}))
+        yield Said(file_name=f"COCO_train2014_{one.image_id:012d}.jpg", **one.model_dump(exclude={"image_id"}))
