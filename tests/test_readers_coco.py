@@ -156,7 +156,7 @@ def test_coco_that_is_not_json_or_not_an_image(tmp_path):
 def test_coco_that_is_absent(tmp_path, caplog):
     with pytest.raises(ValueError, match="split 'dev'"):
         list(coco.read(tmp_path, "dev"))
-    with pytest.raises(FileNotFoundError, match=r"neither annotations/captions_train\.json nor"):
+    with pytest.raises(FileNotFoundError, match=r"neither annotations/captions_train\.json nor .*; found none$"):
         list(coco.read(tmp_path, "train"))
     two = {**CAPTIONS, "images": [{**PHOTOGRAPH, "id": 140, "file_name": "140.jpg"}, PHOTOGRAPH]}
     folder = write_coco(tmp_path, "train", "images", captions=two)

@@ -111,7 +111,10 @@ def read(
         raise ValueError(f"{folder}: split {split!r}; expected train, val or test, with or without a year")
     captions_at, instances_at = (folder / "annotations" / f"{kind}_{split}.json" for kind in ("captions", "instances"))
     if not captions_at.exists() and not instances_at.exists():
-        raise FileNotFoundError(f"{folder}: neither annotations/{captions_at.name} nor annotations/{instances_at.name}")
+        there = ", ".join(sorted(path.name for path in captions_at.parent.glob("*.json"))) or "none"
+        raise FileNotFoundError(
+            f"{folder}: neither annotations/{captions_at.name} nor annotations/{instances_at.name}; found {there}"
+        )
     if require_boxes and not instances_at.exists():
         raise FileNotFoundError(f"{instances_at}: no such file; without it {split} has captions but no boxes")
     captioned = load(CaptionFile, captions_at) if captions_at.exists() else NO_CAPTIONS

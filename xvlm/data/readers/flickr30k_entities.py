@@ -107,7 +107,7 @@ def _record(name: str, split: str, found: Found, annotations: Path | zipfile.Pat
         if boxes.get(chain) and chain != NOT_VISUAL
     ]
     return record(
-        f"photograph {name}",
+        f"{annotations}: photograph {name}",
         found,
         id=name,
         source=SOURCE,

@@ -97,9 +97,13 @@ def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str
 def explained(where: str, error: ValidationError) -> ValueError:
     """The first thing wrong as one line: where, the field, what is expected, what was found."""
     first = error.errors()[0]
-    field = "".join(f"{part}." for part in first["loc"])[:-1]
-    found = "" if first["type"] in ("missing", "value_error") else f" (found {first['input']!r:.200})"
-    return ValueError(": ".join(filter(None, [where, field, first["msg"].removeprefix("Value error, ") + found])))
+    field = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":  # only records forbid
+        message = "records have no such field (xvlm data schema prints those they have)"
+    elif first["type"] not in ("missing", "value_error"):
+        message += f" (found {first['input']!r:.200})"
+    return ValueError(": ".join(filter(None, [where, field, message])))
 
 
 def only(folder: Path, *patterns: str) -> Path | None:

@@ -3,7 +3,7 @@
 Files as published (Goyal et al. 2017, https://visualqa.org/download.html)::
 
     folder/v2_OpenEnded_mscoco_{split}2014_questions.json     test: 2015; without v2_ for version 1
-    folder/v2_mscoco_{split}2014_annotations.json             test has none
+    folder/v2_mscoco_{split}2014_annotations.json             test has none; both may lie in a subfolder
     folder/{split}2014/COCO_{split}2014_000000000009.jpg      or in images/, in the parent, or as COCO 2017 names them:
                                                               {split}2017/000000000009.jpg
 
@@ -65,11 +65,13 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     """
     part = part_of(folder, split)
     year = "" if split[-1:].isdigit() else "20??"
-    questions_at = only(folder, f"*OpenEnded_mscoco_{split}{year}_questions.json")
+    pattern = f"*OpenEnded_mscoco_{split}{year}_questions.json"
+    questions_at = only(folder, pattern, f"*/{pattern}")
     if questions_at is None:
-        raise FileNotFoundError(f"{folder}: no v2_OpenEnded_mscoco_{split}{year}_questions.json")
+        raise FileNotFoundError(f"{folder}: no v2_OpenEnded_mscoco_{split}{year}_questions.json, in it or a subfolder")
     asked = load(QuestionFile, questions_at)
-    answers_at = only(folder, questions_at.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
+    name = questions_at.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
+    answers_at = only(folder, name, f"*/{name}")
     if answers_at is None and part != "test":
         raise FileNotFoundError(f"{folder}: no annotations of {questions_at.name}; they hold the answers")
     answers = {one.question_id: one for one in load(AnswerFile, answers_at).annotations} if answers_at else {}
