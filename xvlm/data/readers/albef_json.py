@@ -31,7 +31,7 @@ from xvlm.data.readers.photographs import (
     identifier,
     known_as,
     load,
-    mostly_inside,
+    nearly_inside,
     only,
     part_of,
     record,
@@ -116,7 +116,7 @@ def _record(name: str, rows: list[tuple[str, Row]], found: Found, of: dict[str, 
         elif row.text:
             if row.width is not None and row.height is not None:
                 found.check_size(row.width, row.height)
-            box = mostly_inside(where, corners(row.bbox), found.width, found.height)
+            box = nearly_inside(where, corners(row.bbox), found.width, found.height)
             expressions.append(Expression(text=row.text, box_xyxy=box, id=str(row.ref_id)))
     return record(
         rows[0][0] if rows else name,

@@ -30,7 +30,7 @@ from xvlm.data.readers.photographs import (
     identifier,
     known_as,
     load,
-    mostly_inside,
+    nearly_inside,
     only,
     part_of,
     record,
@@ -124,7 +124,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 if annotation.bbox is None:
                     captions.append(text.strip())
                     continue
-                box = mostly_inside(where, corners(annotation.bbox), found.width, found.height)
+                box = nearly_inside(where, corners(annotation.bbox), found.width, found.height)
                 if text is not None:
                     regions.append(Region(box_xyxy=box, descriptions=[text.strip()]))
                 else:

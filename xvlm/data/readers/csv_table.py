@@ -34,7 +34,7 @@ from xvlm.data.readers.photographs import (
     identifier,
     known_as,
     load_table,
-    mostly_inside,
+    nearly_inside,
     part_of,
     record,
 )
@@ -150,4 +150,4 @@ def _box(where: str, row: Row, columns: tuple[str, ...], found: Found) -> Box | 
     except ValueError:
         raise ValueError(f"{where}: {','.join(columns)}: expected four numbers, found {','.join(cells)}") from None
     box = corners((a, b, c, d)) if columns == CORNER_AND_SIZE else (a, b, c, d)
-    return mostly_inside(where, box, found.width, found.height)
+    return nearly_inside(where, box, found.width, found.height)

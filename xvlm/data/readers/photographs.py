@@ -23,6 +23,7 @@ Kind = TypeVar("Kind")
 TypeOf = Callable[..., Kind]  # type[Kind] leaves out list[int] and the like
 
 NAMED = 10  # absent photographs that the log names
+MARGIN = 0.02  # of the image's side
 
 logger = logging.getLogger(__name__)
 
@@ -260,20 +261,22 @@ def inside(box_xyxy: Box, width: int, height: int) -> Box | None:
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def mostly_inside(where: str, box_xyxy: Box, width: int, height: int) -> Box:
-    """As :func:`inside`, of a box that is meant to be there: less than half of it in the image is an error.
+def nearly_inside(where: str, box_xyxy: Box, width: int, height: int) -> Box:
+    """As :func:`inside`, of a box that may leave the image by no more than rounding and careless drawing explain.
+
+    A box in another format than stated, or of an image of another size, tends to leave it by more.
 
     Raises:
-        ValueError: says where, and which box.
+        ValueError: no area in the image, or out of it by more than ``MARGIN`` of its side; says where, and which box.
     """
     left, top, right, bottom = box_xyxy
     box = inside(box_xyxy, width, height)
-    kept = (box[2] - box[0]) * (box[3] - box[1]) / ((right - left) * (bottom - top)) if box else 0.0
-    if box is None or kept < 0.5:
+    out_x, out_y = max(-left, right - width), max(-top, bottom - height)
+    if box is None or out_x > MARGIN * width or out_y > MARGIN * height:
         edges = ", ".join(f"{edge:g}" for edge in box_xyxy)
         raise ValueError(
-            f"{where}: box ({edges}) as left, top, right, bottom: {kept:.0%} of it is in the {width}x{height} image, "
-            "expected at least half"
+            f"{where}: box ({edges}) as left, top, right, bottom; expected one with an area, inside the "
+            f"{width}x{height} image or out of it by {MARGIN:.0%} of its side at most"
         )
     return box
 

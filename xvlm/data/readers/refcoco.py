@@ -31,7 +31,7 @@ from xvlm.data.readers.photographs import (
     explained,
     known_as,
     load,
-    mostly_inside,
+    nearly_inside,
     part_of,
     record,
 )
@@ -163,7 +163,7 @@ def _expressions(
     where: str, instances_at: Path, ref: Ref, targets: list[Instance], photograph: Photograph, masks: bool
 ) -> list[Expression]:
     size = (photograph.width, photograph.height)
-    boxes = [mostly_inside(where, corners(target.bbox), *size) for target in targets]
+    boxes = [nearly_inside(where, corners(target.bbox), *size) for target in targets]
     outlines = [mask_of(instances_at, target, photograph) for target in targets] if masks else []
     mask = united([one.model_dump() for one in outlines if one], (photograph.height, photograph.width))
     return [

@@ -22,7 +22,7 @@ from xvlm.data.readers.photographs import (
     corners,
     known_as,
     load,
-    mostly_inside,
+    nearly_inside,
     only,
     part_of,
     record,
@@ -96,7 +96,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
             expressions = []
             for one in said:
                 found.check_size(one.width, one.height)
-                box = mostly_inside(f"{path}: {file_name}", corners(one.bbox), one.width, one.height)
+                box = nearly_inside(f"{path}: {file_name}", corners(one.bbox), one.width, one.height)
                 expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
             same_as = known_as(file_name)
             made = record(

@@ -110,8 +110,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     """Records and image bytes, as stored, in the order of ``image_data.json``.
 
     Boxes are cut off at the border of the image; boxes without area and empty texts are left out. An object has the
-    first of its names and the attributes that ``attributes.json`` gives it; an answer has the weight 0.5, as in the
-    reference. ``same_as`` has COCO's id for the half of the photographs that COCO has too.
+    first of its names and the attributes that ``attributes.json`` gives it. An answer is as written ("Green.") and has
+    the weight 0.5, as in the reference. ``same_as`` has COCO's id for the half of the photographs that COCO has too.
 
     Args:
         folder: see the module's docstring for the files in it.
