@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from pydantic import model_validator
 
-from xvlm import distributed, hub, probe, train
+from xvlm import distributed, hub, probe, runlog, train
 from xvlm.config import ConfigError, Configured, dump_config, load_config
 from xvlm.data import pretrain, scenes
 from xvlm.data.pack import CorpusConfig, pack
@@ -80,7 +80,7 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
     config = dry(config) if dry_run else config
     if finished(config):
         return
-    started = time.time() - train.seconds_so_far(config.out)
+    started = time.time() - runlog.seconds_so_far(config.out)
     distributed.main_first(partial(prepare, config))
     torch.manual_seed(config.train.seed)
     processor = make_processor(config)

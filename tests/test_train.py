@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from xvlm import train
+from xvlm import engine, runlog, states, train
 from xvlm.config import ConfigError, Configured
 from xvlm.models.vision import VisionConfig, VisionEncoder
 from xvlm.optim import OptimConfig, decays, lr_factor, make_optimizer, parameter_groups
@@ -54,14 +54,14 @@ def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recip
 
     with pytest.raises(KeyError):
         run(tmp_path / "cut", recipe=recipe, streams=STREAMS | {"caption": dies(STREAMS["caption"], 3)})
-    assert train.states(tmp_path / "cut")[0].name == "00000002"
+    assert states.states(tmp_path / "cut")[0].name == "00000002"
     continued = run(tmp_path / "cut", recipe=recipe)
     assert straight.keys() == continued.keys()
     for name, tensor in straight.items():
         assert torch.equal(tensor, continued[name]), name
-    timing = {"seconds", "images_per_s", "texts_per_s", "waiting_for_data"}
+    timing = {"seconds", "images_per_s", "texts_per_s", "waiting_for_data", "memory_gb"}
     logs = [
-        [{k: v for k, v in line.items() if k not in timing} for line in train.read_log(tmp_path / name)]
+        [{k: v for k, v in line.items() if k not in timing} for line in runlog.read_log(tmp_path / name)]
         for name in ("straight", "cut")
     ]
     assert logs[0] == logs[1]
@@ -70,7 +70,7 @@ def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recip
 
 def test_checkpointed_and_compiled_runs_are_what_the_configuration_says(tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(train.economy, "compile_layers", compiled.append)
+    monkeypatch.setattr(engine.economy, "compile_layers", compiled.append)
     plain = run(tmp_path / "plain", steps=3)
     assert compiled == []
     economical = run(tmp_path / "economical", steps=3, gradient_checkpointing=True, compile=True)
@@ -87,15 +87,15 @@ def test_a_signal_saves_and_leaves(tmp_path):
 
     with pytest.raises(train.Interrupted, match="stopped at step 3 of 6"):
         run(tmp_path / "run", streams={"caption": interrupted})
-    assert train.states(tmp_path / "run")[0].name == "00000003"
+    assert states.states(tmp_path / "run")[0].name == "00000003"
 
 
 def test_only_the_newest_states_are_kept_and_unfinished_ones_do_not_count(tmp_path):
     run(tmp_path / "run", save_every=1, keep=2)
-    states = tmp_path / "run/state"
-    assert sorted(p.name for p in states.iterdir()) == ["00000005", "00000006"]
-    (states / ".unfinished").mkdir()
-    assert train.states(tmp_path / "run")[0].name == "00000006"
+    folder = tmp_path / "run/state"
+    assert sorted(p.name for p in folder.iterdir()) == ["00000005", "00000006"]
+    (folder / ".unfinished").mkdir()
+    assert states.states(tmp_path / "run")[0].name == "00000006"
 
 
 def test_training_is_in_training_mode_and_statistics_stay_where_they_are_frozen(tmp_path):
@@ -122,7 +122,7 @@ def test_frozen_statistics_are_frozen_from_birth():
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, caplog):
     straight = run(tmp_path / "run", save_every=2)
-    newest, before = (state / "state.pt" for state in train.states(tmp_path / "run"))
+    newest, before = (state / "state.pt" for state in states.states(tmp_path / "run"))
     newest.write_bytes(newest.read_bytes()[:1000])
     continued = run(tmp_path / "run", save_every=2)
     assert f"{newest} cannot be read" in caplog.text
@@ -185,14 +185,22 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
 
 def test_a_log_line_cut_short_is_left_out(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
-    assert train.read_log(tmp_path) == [{"step": 1}]
+    assert runlog.read_log(tmp_path) == [{"step": 1}]
+
+
+def by_rule(groups: list[dict]) -> dict[tuple[float, float], list[str]]:
+    """Names by weight decay and factor of the rate."""
+    found = {}
+    for group in groups:
+        found.setdefault((group["weight_decay"], group["lr_scale"]), []).extend(group["names"])
+    return found
 
 
 def test_parameter_groups():
     model = tiny.model()
     config = OptimConfig(freeze=["vision."], new_layers_lr=3.0, weight_decay=0.5)
     groups = parameter_groups(model, config, fresh=["box_head.0.weight", "box_head.0.bias"])
-    found = {(g["weight_decay"], g["lr_scale"]): g["names"] for g in groups}
+    found = by_rule(groups)
     assert found[0.5, 3.0] == ["box_head.0.weight"] and found[0.0, 3.0] == ["box_head.0.bias"]
     assert not any(name.startswith("vision.") for names in found.values() for name in names)
     assert not model.vision.trunk.patch_embed.proj.weight.requires_grad
