@@ -45,9 +45,7 @@ class Engine:
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.deepspeed and ema is not None:
-            raise ConfigError(
-                "train.ema: DeepSpeed keeps the exact weights to itself; an average needs DDP or FSDP2"
-            )
+            raise ConfigError("train.ema: DeepSpeed keeps the exact weights to itself; an average needs DDP or FSDP2")
         trained = copy.deepcopy(task) if sharded or self.deepspeed else task
         optimizer = make_optimizer(trained, optim, fresh, layers_above(trained))
         if compile:
@@ -57,6 +55,8 @@ class Engine:
         if sharded:
             _keep_numbers_whole(trained, accelerator)
         if self.deepspeed:
+            for number in [p for p in trained.parameters() if p.ndim == 0]:
+                number.data = number.data[None]  # it cannot send the temperature otherwise
             # It wants the size of a batch, for a rate that it prints, and clips by itself.
             own = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": optim.clip}
             accelerator.state.deepspeed_plugin.deepspeed_config.update(own)
@@ -74,9 +74,7 @@ class Engine:
         scaler, moments = self.accelerator.scaler, self.optimizer.state
         return {
             "task": _whole(self.trained.state_dict()),
-            "optimizer": {
-                name: _whole(self.optimizer.state[p]) for name, p in self._learning() if p in self.optimizer.state
-            },
+            "optimizer": {name: _whole(moments[p]) for name, p in self._learning() if p in moments},
             "average": None if self.average is None else _whole(self.average.values),
             "scaler": None if scaler is None else scaler.state_dict(),
         }

@@ -1,7 +1,7 @@
 """The training loop: any task that returns named losses, on one process or many, resumable at any update.
 
-A run is a folder: ``config.yaml``, ``log.jsonl`` and ``state/<step>``, and where they are asked for ``validation.jsonl``,
-``best`` and ``trace``. Starting the same command again continues it.
+A run is a folder: ``config.yaml``, ``log.jsonl`` and ``state/<step>``, and where they are asked for
+``validation.jsonl``, ``best`` and ``trace``. Starting the same command again continues it.
 All randomness of a step is drawn from (seed, step, rank) and all data from a position per stream, so a resumed run
 repeats the uninterrupted one to the bit.
 """
@@ -219,7 +219,8 @@ def _profiler(
     def write(profile: torch.profiler.profile) -> None:
         profile.export_chrome_trace(str(folder / f"steps-{first}-{window[1]}-process-{accelerator.process_index}.json"))
 
-    schedule = {"skip_first": first - begun, "wait": 0, "warmup": 0, "active": window[1] - first, "repeat": 1}
+    warm = min(1, first - begun)  # a step that is traced and thrown away, where there is one
+    schedule = {"skip_first": first - begun - warm, "wait": 0, "warmup": warm, "active": window[1] - first, "repeat": 1}
     return accelerator.profile(ProfileKwargs(schedule_option=schedule, on_trace_ready=write))
 
 
