@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def launch(engine: str, out: Path, *runs: str, **environment: str) -> dict:
     """What ``engines.py`` prints, on two processes without a GPU."""
     config = ["--config_file", str(ROOT / f"configs/accelerate/{engine}.yaml")]
-    gpus = [] if engine == "demo" else ["--num_processes", "2", "--mixed_precision", "no"]
+    gpus = [] if engine == "demo" else ["--num_processes", "2"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, *gpus, "engines.py", str(out), *runs]
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
