@@ -19,7 +19,7 @@ class InitConfig(Configured):
     # A whole model: a folder of ours or a hub name. What it has and the configuration does not ask for is left out;
     # heads that it lacks start fresh, and a second look starts as a copy of the first (X-VLM's ``load_pretrained``).
     model: str | None = None
-    vision: str | None = None  # the trunk's weights: a file, with timm's names or with the same tensors in order
+    vision: str | None = None  # the trunk's weights: a file with timm's names, Swin's own, or the same tensors in order
     # A BERT-family folder: its first `text_layers` layers read, its last `cross_layers` fuse. Layers may do both, from
     # the same weights at the start: a sentence encoder such as MiniLM says what it means in its last layers only.
     text: str | None = None
@@ -44,6 +44,8 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
     if init.vision is not None:
         file = hub.locate(init.vision)
         state, target = convert.read_checkpoint(file), model.vision.trunk.state_dict()
+        if any(name.endswith("relative_position_index") for name in state):  # as Swin's authors released it
+            state = {name: tensor for name, tensor in convert.swin(state).items() if name in target}
         state = state if state.keys() == target.keys() else convert.in_order(state, target)
         loaded |= {f"vision.trunk.{name}": tensor for name, tensor in state.items()}
     if init.text is not None:
