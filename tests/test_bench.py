@@ -104,7 +104,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
             y = x + 1  # made anew each time, beside the one before
             y.view(10, 100).mul_(2)  # the same memory
 
-    assert bench._peak_bytes(torch.device("cpu"), work) == 2 * 4000
+    assert bench.peak_bytes(torch.device("cpu"), work) == 2 * 4000
 
 
 def test_peaks_are_found_by_name():

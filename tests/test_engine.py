@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,11 @@ def test_divided_weights_train_as_whole_ones_do_and_continue_to_the_bit(tmp_path
     assert told["engine"] == "FSDP" and min(told["divided"]) > 100
     straight = weights(tmp_path / "fsdp/straight.pt")
     assert same(weights(tmp_path / "fsdp/cut.pt"), straight)
-    torch.testing.assert_close(straight, weights(tmp_path / "ddp/straight.pt"), rtol=1e-5, atol=1e-6)
+    whole = weights(tmp_path / "ddp/straight.pt")
+    torch.testing.assert_close(straight, whole, rtol=1e-5, atol=1e-6)
+    shutil.copytree(tmp_path / "fsdp/straight", tmp_path / "changed/straight")
+    launch("demo", tmp_path / "changed", "cut", ACCELERATE_USE_CPU="true")  # a state of one engine under another
+    torch.testing.assert_close(weights(tmp_path / "changed/cut.pt"), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ LAYERS = (
     {"config", "types", "boxes", "distributed", "hub"},
     {"losses", "metrics", "optim", "models", "data"},
     {"tasks", "zeroshot"},
-    {"train", "engine", "states", "runlog", "evaluate", "grounder", "viz", "report", "bench", "probe"},
+    {"train", "engine", "states", "runlog", "evaluate", "grounder", "viz", "report", "bench", "memory", "probe"},
 )
 FREE = {"__init__", "__main__"}  # choose and wire
 ONLY_IN = {"accelerate": {"train", "engine", "runlog"}, "torch.distributed": {"distributed"}}

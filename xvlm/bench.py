@@ -186,7 +186,13 @@ def bench_step(
     Raises:
         ValueError: unknown size, device, precision or clock; fewer than two texts; several threads by the cpu clock.
     """
-    place = _check(size, device, precision, clock, images * texts_per_image)
+    place = check(size, device, precision)
+    if clock not in ("wall", "cpu"):
+        raise ValueError(f"clock {clock!r} is none of wall, cpu")
+    if clock == "cpu" and (device != "cpu" or torch.get_num_threads() != 1):
+        raise ValueError("the cpu clock adds up processor time: use it on the cpu with one thread")
+    if images * texts_per_image < 2:
+        raise ValueError("one text has nothing to be told apart from: take two images or texts")
     torch.manual_seed(0)
     config = SIZES[size]
     model = XVLM(config).to(place)
@@ -222,7 +228,7 @@ def bench_step(
     product()
     for way in ways.values():
         step(way)
-    memory = {name: _peak_bytes(place, lambda way=way: step(way)) for name, way in ways.items()}
+    memory = {name: peak_bytes(place, lambda way=way: step(way)) for name, way in ways.items()}
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     rates = []
     for _ in range(repeats):
@@ -239,13 +245,13 @@ def bench_step(
         )
     naive, packed = counted["naive"], counted["packed"]
     if peak_tflops is None and precision == "bf16":
-        peak_tflops = known_peak(_device_name(place))
+        peak_tflops = known_peak(device_name(place))
     return Result(
         size=size,
         parameters=sum(p.numel() for p in model.parameters()),
         images=images,
         texts=images * texts_per_image,
-        device=_device_name(place),
+        device=device_name(place),
         threads=torch.get_num_threads(),
         precision=precision,
         clock=clock,
@@ -432,7 +438,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
 
 
-def _peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
+def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
     """Most bytes that tensors take while ``work`` runs, beyond those before; on CUDA, also what kernels need inside."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -473,23 +479,23 @@ def known_peak(device: str) -> float | None:
     return next((peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= words), None)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def device_name(device: torch.device) -> str:
+    return torch.cuda.getdevice_name(device) if device.type == "cuda" else "cpu"
 
 
-def _check(size: str, device: str, precision: str, clock: str, texts: int) -> torch.device:
+def check(size: str, device: str, precision: str) -> torch.device:
+    """The device, where all three are known.
+
+    Raises:
+        ValueError: what is not, with those that are.
+    """
     for name, value, known in (
         ("size", size, tuple(SIZES)),
         ("precision", precision, ("fp32", "bf16")),
-        ("clock", clock, ("wall", "cpu")),
         ("device", device.partition(":")[0], ("cpu", "cuda")),
     ):
         if value not in known:
             raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: no GPU that torch can use")
-    if clock == "cpu" and (device != "cpu" or torch.get_num_threads() != 1):
-        raise ValueError("the cpu clock adds up processor time: use it on the cpu with one thread")
-    if texts < 2:
-        raise ValueError("one text has nothing to be told apart from: take two images or texts")
     return torch.device(device)
