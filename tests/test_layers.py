@@ -11,10 +11,11 @@ LAYERS = (
     {"config", "types", "boxes", "distributed", "hub"},
     {"losses", "metrics", "optim", "models", "data"},
     {"tasks", "zeroshot"},
-    {"train", "evaluate", "grounder", "viz", "report", "bench", "probe", "presence", "embed"},
+    {"train", "engine", "states", "runlog", "evaluate", "grounder", "presence", "embed"}
+    | {"viz", "report", "bench", "probe"},
 )
 FREE = {"__init__", "__main__"}  # choose and wire
-ONLY_IN = {"accelerate": {"train", "evaluate", "bench"}, "torch.distributed": {"distributed"}}
+ONLY_IN = {"accelerate": {"train", "engine", "runlog"}, "torch.distributed": {"distributed"}}
 NEVER = {"pretrain", "finetune", "tests"}
 
 

@@ -8,6 +8,7 @@ import torch
 from reference import OURS, Golden, converted, numbered, read, same_names_and_shapes, whole_images
 
 from xvlm import boxes, losses
+from xvlm.models import convert
 from xvlm.models.text import TextConfig
 from xvlm.models.vision import VisionConfig
 from xvlm.models.xvlm import XVLM, XVLMConfig
@@ -208,6 +209,31 @@ def test_the_small_folders_are_what_their_script_makes(tmp_path):
         assert now.manifest.keys() == kept.manifest.keys()
         for part in ("state", "inputs", "outputs"):
             torch.testing.assert_close(getattr(now, part), getattr(kept, part), atol=1e-6, rtol=1e-6)
+
+
+GROUPS = [(True, 1.0), (False, 1.0), (True, 2.0), (False, 2.0)]  # of the reference: whether they decay, and their rate
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_optimizer_groups_at_full_size(goldens, name):
+    real = read(goldens / "statedict_real.json")["models"][name]
+    theirs = list(real["keys"])
+    numbered = {key: torch.tensor([i]) for i, key in enumerate(theirs)}  # renaming looks at names alone
+    converted = convert.official(numbered, REAL[name].text.text_layers)
+    known_as = {ours: [theirs[i] for i in numbers.flatten().tolist()] for ours, numbers in converted.items()}
+    with torch.device("meta"):
+        model = XVLM(REAL[name])
+    fresh = [ours for ours, _ in model.named_parameters() if set(known_as[ours]) <= set(real["init_params"])]
+
+    def differing(rule: str) -> dict[str, tuple[bool, float]]:
+        groups = parameter_groups(model, OptimConfig(decay=rule), fresh)
+        found = {ours: (group["weight_decay"] > 0, group["lr_scale"]) for group in groups for ours in group["names"]}
+        assert found.keys() == {ours for ours, _ in model.named_parameters()}
+        expected = {ours: {GROUPS[real["keys"][key]["optim_group"]] for key in known_as[ours]} for ours in found}
+        return {ours: group for ours, group in found.items() if expected[ours] != {group}}
+
+    assert differing("names") == {}
+    assert differing("kind") == dict.fromkeys(["temperature", "itm_head.1.weight", "box_head.1.weight"], (False, 2.0))
 
 
 def test_region_masks(goldens):

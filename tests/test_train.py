@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import tiny
 import torch
 
-from xvlm import train
+from xvlm import engine, runlog, states, train
 from xvlm.config import ConfigError, Configured
+from xvlm.models.depth import layers_above
 from xvlm.models.vision import VisionConfig, VisionEncoder
 from xvlm.optim import OptimConfig, decays, lr_factor, make_optimizer, parameter_groups
 from xvlm.tasks.pretraining import PretrainingConfig, Task
@@ -56,14 +58,14 @@ def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recip
     with pytest.raises(KeyError):
         cut = STREAMS | {"caption": dies(STREAMS["caption"], 3)}
         run(tmp_path / "cut", recipe=recipe, accumulate=accumulate, streams=cut)
-    assert train.states(tmp_path / "cut")[0].name == "00000002"
+    assert states.states(tmp_path / "cut")[0].name == "00000002"
     continued = run(tmp_path / "cut", recipe=recipe, accumulate=accumulate)
     assert straight.keys() == continued.keys()
     for name, tensor in straight.items():
         assert torch.equal(tensor, continued[name]), name
-    timing = {"seconds", "images_per_s", "texts_per_s", "waiting_for_data"}
+    timing = {"seconds", "images_per_s", "texts_per_s", "waiting_for_data", "memory_gb"}
     logs = [
-        [{k: v for k, v in line.items() if k not in timing} for line in train.read_log(tmp_path / name)]
+        [{k: v for k, v in line.items() if k not in timing} for line in runlog.read_log(tmp_path / name)]
         for name in ("straight", "cut")
     ]
     assert logs[0] == logs[1]
@@ -72,12 +74,135 @@ def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recip
 
 def test_checkpointed_and_compiled_runs_are_what_the_configuration_says(tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(train.economy, "compile_layers", compiled.append)
+    monkeypatch.setattr(engine.economy, "compile_layers", compiled.append)
     plain = run(tmp_path / "plain", steps=3)
     assert compiled == []
     economical = run(tmp_path / "economical", steps=3, gradient_checkpointing=True, compile=True)
     assert len(compiled) == 1
     torch.testing.assert_close(economical, plain, atol=1e-6, rtol=1e-5)
+
+
+def saved(out, step: int) -> dict:
+    return torch.load(out / f"state/{step:08d}/state.pt", weights_only=True)
+
+
+def test_the_average_is_what_a_run_ends_with(tmp_path):
+    plain = run(tmp_path / "plain", save_every=1, keep=9)
+    averaged = run(tmp_path / "averaged", ema=0.5)
+    expected = tiny.model().state_dict()
+    for step in range(1, 7):
+        weights = saved(tmp_path / "plain", step)["task"]
+        kept = min(0.5, (1 + step) / (10 + step))
+        expected = {name: kept * tensor + (1 - kept) * weights[f"model.{name}"] for name, tensor in expected.items()}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(averaged[f"model.{name}"], tensor, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(averaged["model.temperature"], plain["model.temperature"])
+    trained = saved(tmp_path / "averaged", 6)["task"]
+    assert all(torch.equal(trained[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_continued_average_equals_the_uninterrupted_one_to_the_bit(tmp_path):
+    straight = run(tmp_path / "run", ema=0.9, keep=9)
+    for step in (6, 4):
+        shutil.rmtree(tmp_path / f"run/state/{step:08d}")
+    continued = run(tmp_path / "run", ema=0.9, keep=9)
+    assert all(torch.equal(tensor, continued[name]) for name, tensor in straight.items())
+    again = run(tmp_path / "run", ema=0.9, keep=9)  # nothing left to do: the average all the same
+    assert all(torch.equal(tensor, again[name]) for name, tensor in straight.items())
+
+
+def test_the_loss_scale_is_part_of_a_state(tmp_path, monkeypatch):
+    """Half precision needs a GPU; its scaler alone does not."""
+    make = train.make_accelerator
+
+    def scaling(config, out):
+        accelerator = make(config, out)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        return accelerator
+
+    monkeypatch.setattr(train, "make_accelerator", scaling)
+    straight = run(tmp_path / "run", keep=9)
+    scales = [line["loss_scale"] for line in runlog.read_log(tmp_path / "run")]
+    assert scales[0] < scales[2] < scales[-1]
+    for step in (6, 4):
+        shutil.rmtree(tmp_path / f"run/state/{step:08d}")
+    continued = run(tmp_path / "run", keep=9)
+    assert [line["loss_scale"] for line in runlog.read_log(tmp_path / "run")] == scales
+    assert all(torch.equal(tensor, continued[name]) for name, tensor in straight.items())
+
+
+def validated(out, numbers: list[float], **changes) -> tuple[list[tuple[str, float]], Task]:
+    """Train with a measure that gives these numbers: what was kept as the best, with its temperature, and the task."""
+    given, kept = iter(numbers), []
+    task = Task(PretrainingConfig(), tiny.model())
+    config = train.TrainConfig(**{"steps": 6, "save_every": 2, "validate_every": 2, "best": "slice/acc", **changes})
+    out.mkdir(exist_ok=True)
+    validation = runlog.Validation(
+        lambda: {"slice/acc": next(given)}, lambda folder: kept.append((folder.name, task.model.temperature.item()))
+    )
+    accelerator = train.make_accelerator(config, out)
+    train.fit(task, STREAMS, config, OPTIM, out, accelerator, validation=validation)
+    return kept, task
+
+
+def test_validation_keeps_the_best_and_leaves_training_alone(tmp_path):
+    kept, task = validated(tmp_path / "run", [0.5, 0.4, 0.7])
+    assert [folder for folder, _ in kept] == ["best", "best"]
+    assert kept[1][1] == task.model.temperature.item() != kept[0][1]
+    lines = runlog.read_log(tmp_path / "run", "validation.jsonl")
+    assert [(line["step"], line["slice/acc"]) for line in lines] == [(2, 0.5), (4, 0.4), (6, 0.7)]
+    _, other = validated(tmp_path / "less", [0.1], validate_every=6)
+    assert all(torch.equal(a, b) for a, b in zip(task.parameters(), other.parameters(), strict=True))
+
+
+def test_what_was_best_before_a_run_was_continued_counts(tmp_path):
+    validated(tmp_path / "run", [0.5, 0.9, 0.7], keep=9)
+    for step in (6, 4):
+        shutil.rmtree(tmp_path / f"run/state/{step:08d}")
+    kept, _ = validated(tmp_path / "run", [0.4, 0.6], keep=9)
+    assert len(kept) == 1
+    lines = runlog.read_log(tmp_path / "run", "validation.jsonl")
+    assert [(line["step"], line["slice/acc"]) for line in lines] == [(2, 0.5), (4, 0.4), (6, 0.6)]
+
+
+def test_an_average_is_what_validation_sees(tmp_path):
+    kept, task = validated(tmp_path / "run", [0.5, 0.6, 0.7], ema=0.5)
+    assert kept[-1][1] == task.model.temperature.item()
+
+
+def test_a_number_that_is_not_measured_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"train\.best: 'slice/precision' is not measured; there are slice/acc"):
+        validated(tmp_path / "run", [0.5], best="slice/precision")
+    with pytest.raises(ValueError, match="best needs validate_every"):
+        train.TrainConfig(best="slice/acc")
+
+
+def test_a_window_of_steps_is_traced(tmp_path):
+    run(tmp_path / "run", steps=4, profile=(1, 3))
+    (trace,) = (tmp_path / "run/trace").iterdir()
+    assert trace.name == "steps-1-3-process-0.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["name"] for event in events} >= {"aten::addmm", "ProfilerStep#1", "ProfilerStep#2"}
+    assert not {event["name"] for event in events} & {"ProfilerStep#0", "ProfilerStep#3"}
+    with pytest.raises(ValueError, match="expected steps in order, from 0 to 4"):
+        train.TrainConfig(steps=4, profile=(3, 9))
+
+
+def test_trackers_get_what_the_log_says(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install -e '.[track]')")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path / "run", trackers=["tensorboard"], steps=3)
+    events = EventAccumulator(str(tmp_path / "run/run"))
+    events.Reload()
+    found = [event.value for event in events.Scalars("caption/itc")]
+    assert found == pytest.approx([line["caption/itc"] for line in runlog.read_log(tmp_path / "run")])
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "get_available_trackers", list)
+    with pytest.raises(ConfigError, match=r"train\.trackers: tensorboard is not installed \(pip install -e '\.\[track"):
+        train.make_accelerator(train.TrainConfig(trackers=["tensorboard"]), tmp_path)
 
 
 def test_a_signal_saves_and_leaves(tmp_path):
@@ -89,15 +214,15 @@ def test_a_signal_saves_and_leaves(tmp_path):
 
     with pytest.raises(train.Interrupted, match="stopped at step 3 of 6"):
         run(tmp_path / "run", streams={"caption": interrupted})
-    assert train.states(tmp_path / "run")[0].name == "00000003"
+    assert states.states(tmp_path / "run")[0].name == "00000003"
 
 
 def test_only_the_newest_states_are_kept_and_unfinished_ones_do_not_count(tmp_path):
     run(tmp_path / "run", save_every=1, keep=2)
-    states = tmp_path / "run/state"
-    assert sorted(p.name for p in states.iterdir()) == ["00000005", "00000006"]
-    (states / ".unfinished").mkdir()
-    assert train.states(tmp_path / "run")[0].name == "00000006"
+    folder = tmp_path / "run/state"
+    assert sorted(p.name for p in folder.iterdir()) == ["00000005", "00000006"]
+    (folder / ".unfinished").mkdir()
+    assert states.states(tmp_path / "run")[0].name == "00000006"
 
 
 def test_training_is_in_training_mode_and_statistics_stay_where_they_are_frozen(tmp_path):
@@ -124,7 +249,7 @@ def test_frozen_statistics_are_frozen_from_birth():
 
 def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, caplog):
     straight = run(tmp_path / "run", save_every=2)
-    newest, before = (state / "state.pt" for state in train.states(tmp_path / "run"))
+    newest, before = (state / "state.pt" for state in states.states(tmp_path / "run"))
     newest.write_bytes(newest.read_bytes()[:1000])
     continued = run(tmp_path / "run", save_every=2)
     assert f"{newest} cannot be read" in caplog.text
@@ -187,14 +312,22 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
 
 def test_a_log_line_cut_short_is_left_out(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
-    assert train.read_log(tmp_path) == [{"step": 1}]
+    assert runlog.read_log(tmp_path) == [{"step": 1}]
+
+
+def by_rule(groups: list[dict]) -> dict[tuple[float, float], list[str]]:
+    """Names by weight decay and factor of the rate."""
+    found = {}
+    for group in groups:
+        found.setdefault((group["weight_decay"], group["lr_scale"]), []).extend(group["names"])
+    return found
 
 
 def test_parameter_groups():
     model = tiny.model()
     config = OptimConfig(freeze=["vision."], new_layers_lr=3.0, weight_decay=0.5)
     groups = parameter_groups(model, config, fresh=["box_head.0.weight", "box_head.0.bias"])
-    found = {(g["weight_decay"], g["lr_scale"]): g["names"] for g in groups}
+    found = by_rule(groups)
     assert found[0.5, 3.0] == ["box_head.0.weight"] and found[0.0, 3.0] == ["box_head.0.bias"]
     assert not any(name.startswith("vision.") for names in found.values() for name in names)
     assert not model.vision.trunk.patch_embed.proj.weight.requires_grad
@@ -213,6 +346,21 @@ def test_parameter_groups():
         parameter_groups(model, OptimConfig(freeze=["visoin"]))
     with pytest.raises(ValueError, match=r"does not have: .'nonesuch'"):
         parameter_groups(model, OptimConfig(), fresh=["nonesuch"])
+
+
+def test_rates_fall_from_the_top_layer_down():
+    model = tiny.model()  # a trunk of 2 blocks, 2 text layers, 2 cross layers
+    above = layers_above(model)
+    config = OptimConfig(layer_decay=0.5)
+    rates = {name: g["lr_scale"] for g in parameter_groups(model, config, above=above) for name in g["names"]}
+    assert rates["cross.layers.1.norm.weight"] == 1.0 and rates["cross.layers.0.norm.weight"] == 0.5
+    assert rates["text.layers.1.norm.weight"] == 0.25 and rates["text.layers.0.norm.weight"] == 0.125
+    assert rates["text.words.weight"] == rates["text.norm.bias"] == 0.0625
+    assert rates["itm_head.0.weight"] == rates["temperature"] == rates["word_head.dense.weight"] == 1.0
+    blocks = [rates[f"vision.trunk.layers.{stage}.blocks.0.norm1.weight"] for stage in (0, 1)]
+    assert blocks == [0.5, 1.0] and rates["vision.trunk.patch_embed.proj.weight"] == 0.25
+    assert rates["vision.trunk.norm.weight"] == 1.0
+    assert set(rates) == {name for name, _ in model.named_parameters()}
 
 
 def test_position_bias_tables_do_not_decay():

@@ -394,6 +394,28 @@ def _report(result, json_file: Path | None) -> None:
         hub.write_atomically(json_file, json.dumps(result.json(), indent=2) + "\n")
 
 
+@bench.command("memory")
+def bench_memory(
+    size: Annotated[str, typer.Option(help="tiny, small, or base (Swin-B and BERT-base).")] = "base",
+    device: Annotated[str, typer.Option(help="cuda or cuda:N measures; cpu counts tensors.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 (autocast).")] = "bf16",
+    batches: Annotated[tuple[int, int], typer.Option(help="Images of the two batches to go by.")] = (4, 8),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go as well.")] = None,
+) -> None:
+    """Memory of a pre-training update, and the largest batch on cards of 12, 24, 48 and 80 GB."""
+    from xvlm.bench import memory
+    from xvlm.tasks.pretraining import PretrainingConfig, Task
+
+    def task(model):
+        return Task(PretrainingConfig(), model)
+
+    result = memory.bench_memory(size, task, device=device, precision=precision, batches=batches)
+    for line in result.lines():
+        typer.echo(line)
+    if json_file is not None:
+        hub.write_atomically(json_file, json.dumps(result.json(), indent=2) + "\n")
+
+
 def main() -> None:
     try:
         app()

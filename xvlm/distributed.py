@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class World(NamedTuple):
@@ -203,3 +204,26 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
     if world().size > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+# Tensors that an engine has divided among processes (FSDP2).
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a divided tensor, gathered on every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process keeps of a whole tensor, divided and placed as ``like`` is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # all have the whole
+
+
+def average_gradient(parameter: Tensor) -> None:
+    """The mean over processes of a parameter's gradient, in place: for what the engine does not look after."""
+    if world().size > 1:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world().size

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 
-from xvlm import evaluate, hub, report, train, viz
+from xvlm import evaluate, hub, report, runlog, viz
 from xvlm.config import Configured
 from xvlm.data.processor import Processor, decode_image
 from xvlm.data.shards import BrokenSample, Shards
@@ -196,7 +196,7 @@ def write(
         flat |= {f"{name}/{stage}/{key}": v for name, row in numbers.items() for key, v in row.items()}
     hub.write_atomically(out / "results.json", json.dumps(flat, indent=2) + "\n")
     made = tables(before, after)
-    log = train.read_log(out)
+    log = runlog.read_log(out)
     losses = sorted({key for line in log for key in line if "/" in key})
     curves = viz.curves(log, losses) if losses else None
     galleries = [

@@ -1,18 +1,16 @@
 """The training loop: any task that returns named losses, on one process or many, resumable at any update.
 
-A run is a folder: ``config.yaml``, ``log.jsonl`` and ``state/<step>``. Starting the same command again continues it.
+A run is a folder: ``config.yaml``, ``log.jsonl`` and ``state/<step>``, and where they are asked for
+``validation.jsonl``, ``best`` and ``trace``. Starting the same command again continues it.
 All randomness of a step is drawn from (seed, step, rank) and all data from a position per stream, so a resumed run
 repeats the uninterrupted one to the bit.
 """
 
-import json
-import logging
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,18 +18,23 @@ from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
-from pydantic import Field
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProfileKwargs,
+    ProjectConfiguration,
+)
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xvlm import distributed, hub
+from xvlm import distributed, hub, states
 from xvlm.config import ConfigError, Configured, dump_config, parse_yaml
-from xvlm.models import economy
-from xvlm.optim import OptimConfig, lr_factor, make_optimizer, set_lr
+from xvlm.engine import Engine
+from xvlm.optim import OptimConfig, lr_factor, set_lr
+from xvlm.runlog import Best, Log, Validation
 from xvlm.types import Batch
-
-logger = logging.getLogger(__name__)
 
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
 
@@ -51,10 +54,23 @@ class TrainConfig(Configured):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False  # of the encoders: layers are computed a second time, instead of remembered
     compile: bool = False  # the encoders, by torch.compile: see xvlm/models/economy.py
+    # Share of the old average that stays at each step, of the weights that are evaluated and saved; null: no average.
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     log_every: Annotated[int, Field(ge=1)] = 10
     save_every: Annotated[int, Field(ge=1)] = 500
     keep: Annotated[int, Field(ge=1)] = 2  # newest states that are kept
+    validate_every: Annotated[int, Field(ge=1)] | None = None  # steps; the last one is always validated
+    best: str | None = None  # number of the validation whose highest value is kept as `best`: slice/measure
     trackers: list[str] = []  # accelerate's: tensorboard, wandb, ...
+    profile: tuple[int, int] | None = None  # steps, from the first to before the second, traced into `trace`
+
+    @model_validator(mode="after")
+    def fields_fit_together(self) -> "TrainConfig":
+        if self.best is not None and self.validate_every is None:
+            raise ValueError("best needs validate_every: nothing is measured")
+        if self.profile is not None and not 0 <= self.profile[0] < self.profile[1] <= self.steps:
+            raise ValueError(f"profile {self.profile}: expected steps in order, from 0 to {self.steps}")
+        return self
 
 
 class Interrupted(Exception):
@@ -66,7 +82,14 @@ def make_accelerator(config: TrainConfig, out: Path, *, all_heads: bool = False)
 
     Args:
         all_heads: every update uses every parameter, so that several processes need not look for unused ones.
+
+    Raises:
+        ConfigError: a tracker that is not installed.
     """
+    available = [tracker.value for tracker in get_available_trackers()]
+    if missing := [tracker for tracker in config.trackers if tracker not in available]:
+        hint = "pip install -e '.[track]'" if "tensorboard" in missing else "its package is to be installed"
+        raise ConfigError(f"train.trackers: {missing[0]} is not installed ({hint}); there are {available}")
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # else several processes without a GPU would not find each other
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
@@ -109,13 +132,15 @@ def fit(
     accelerator: Accelerator,
     *,
     fresh: Sequence[str] = (),
+    validation: Validation | None = None,
 ) -> int:
-    """Train ``task`` in place, from the newest state in ``out`` if there is one.
+    """Train ``task``, from the newest state in ``out`` if there is one; in the end it has the weights to be used.
 
     Args:
         task: called with ``{stream: batch}``, returns losses by name.
         streams: how to open each stream of batches at a given batch number.
         fresh: parameters that learn at the new layers' rate.
+        validation: how to measure the task, for ``validate_every``.
 
     Returns:
         The step the run began at: 0, or where an earlier start of it had stopped.
@@ -123,23 +148,22 @@ def fit(
     Raises:
         Interrupted: after SIGTERM or Ctrl-C; the state is saved.
         FloatingPointError: a loss that is not finite, by name, with the records of the batch.
+        ConfigError: ``best`` is not among the numbers of the validation; see also :class:`Engine`.
     """
-    optimizer = make_optimizer(task, optim, fresh)
-    step, positions = _restore(out, task, optimizer, streams)
     task.train()
-    if config.compile:
-        economy.compile_layers(task)
-    if config.gradient_checkpointing:
-        economy.checkpoint_layers(task)
-    model, optimizer = accelerator.prepare(task, optimizer)
+    economies = {"checkpoint": config.gradient_checkpointing, "compile": config.compile}
+    engine = Engine(task, optim, accelerator, fresh=fresh, ema=config.ema, **economies)
+    begun, positions = states.restore(out, engine) or (0, dict.fromkeys(streams, 0))
+    step = begun
     opened: dict[str, Iterator[Batch]] = {}
-    log = _Log(out, accelerator, step, config)
+    log = Log(out, accelerator, step, every=config.log_every, last=config.steps)
+    best = None if validation is None or config.validate_every is None else Best(out, accelerator, step, config.best)
     stop = _StopRequest()
-    begun = step
-    with stop, tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_main_process) as bar:
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_main_process)
+    with stop, bar, _profiler(config.profile, begun, out, accelerator) as profiler:
         while step < config.steps:
             lr = optim.lr * lr_factor(step, config.steps, optim)
-            set_lr(optimizer, lr)
+            set_lr(engine.optimizer, lr)
             for number, update in enumerate(updates(config, step, list(streams))):
                 started = time.perf_counter()
                 for stream in update:
@@ -149,20 +173,24 @@ def fit(
                 parts = [{stream: next(opened[stream]) for stream in update} for _ in range(config.accumulate)]
                 waited = time.perf_counter() - started
                 seed = partial(seed_step, config.seed, step, number)
-                losses = _update(model, parts, optimizer, optim, accelerator, seed)
+                losses = _update(engine.model, parts, engine.optimizer, optim, accelerator, seed)
                 log.add(losses, parts, waited)
             step += 1
-            rate = log.step(step, lr, bar)
-            bar.update()
-            bar.set_postfix_str(rate, refresh=False)
+            if engine.average is not None:
+                engine.average.update(step)
+            log.step(step, lr, bar)
+            if best is not None and (step % config.validate_every == 0 or step == config.steps):
+                with log.paused(), engine.published():
+                    best.validate(step, validation)
             stopping = stop.due(step) and stop.requested()
             if step % config.save_every == 0 or step == config.steps or stopping:
-                _save(out, step, positions, accelerator.unwrap_model(model), optimizer, config.keep)
+                states.save(out, step, positions, engine, config.keep)
+            if profiler is not None:
+                profiler.step()
             if stopping and step < config.steps:
                 raise Interrupted(f"stopped at step {step} of {config.steps}; the same command continues")
     log.close()
-    # Each process has gathered its own running statistics; what is evaluated must be what is saved.
-    distributed.copy_from_main(task.buffers())
+    engine.publish()
     return begun
 
 
@@ -206,6 +234,24 @@ def _update(
     return sums | {"gradient_norm": torch.as_tensor(norm)}
 
 
+def _profiler(
+    window: tuple[int, int] | None, begun: int, out: Path, accelerator: Accelerator
+) -> AbstractContextManager[torch.profiler.profile | None]:
+    """torch's profiler for a window of steps; a Chrome trace of each process goes to ``trace`` in the run folder."""
+    if window is None or window[1] <= begun:
+        return nullcontext()
+    first = max(window[0], begun)
+    folder = out / "trace"
+    folder.mkdir(exist_ok=True)
+
+    def write(profile: torch.profiler.profile) -> None:
+        profile.export_chrome_trace(str(folder / f"steps-{first}-{window[1]}-process-{accelerator.process_index}.json"))
+
+    warm = min(1, first - begun)  # a step that is traced and thrown away, where there is one
+    schedule = {"skip_first": first - begun - warm, "wait": 0, "warmup": warm, "active": window[1] - first, "repeat": 1}
+    return accelerator.profile(ProfileKwargs(schedule_option=schedule, on_trace_ready=write))
+
+
 def updates(config: TrainConfig, step: int, streams: list[str]) -> list[list[str]]:
     """Which streams each update of a step reads; the same on every process, whatever else draws random numbers."""
     if config.recipe == "joint" or len(streams) == 1:
@@ -218,133 +264,6 @@ def seed_step(seed: int, step: int, update: int = 0) -> None:
     """Dropout, stochastic depth and negatives depend on (seed, step, update of the step, rank) and nothing else."""
     said = f"{seed} step {step} update {update} rank {distributed.world().rank}"
     torch.manual_seed(random.Random(said).getrandbits(63))
-
-
-# States.
-
-
-def states(out: Path) -> list[Path]:
-    """Folders of the saved states of a run, the newest first."""
-    return sorted((out / "state").glob("[0-9]*"), reverse=True) if (out / "state").is_dir() else []
-
-
-def _restore(
-    out: Path, task: nn.Module, optimizer: torch.optim.Optimizer, streams: Mapping[str, Open]
-) -> tuple[int, dict[str, int]]:
-    """Continue from the newest state that can be read.
-
-    Raises:
-        ValueError: there are states, but none can be read.
-    """
-    for state in states(out):
-        try:
-            saved = torch.load(state / "state.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can fail in any way
-            logger.warning("%s cannot be read, going back to the state before it: %s", state / "state.pt", error)
-            continue
-        task.load_state_dict(saved["task"])
-        optimizer.load_state_dict(saved["optimizer"])
-        return saved["step"], saved["positions"]
-    if states(out):
-        raise ValueError(f"{out / 'state'}: none of the states can be read; remove the folder to train from the start")
-    return 0, dict.fromkeys(streams, 0)
-
-
-def _save(out: Path, step: int, positions: dict[str, int], task: nn.Module, optimizer, keep: int) -> None:
-    """Write a state beside its final place and move it there in one step; older ones go only afterwards."""
-    if distributed.world().rank == 0:
-        folder, unfinished = out / "state" / f"{step:08d}", out / "state" / ".unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        saved = {"step": step, "positions": positions, "task": task.state_dict(), "optimizer": optimizer.state_dict()}
-        with hub.replacing(unfinished / "state.pt") as file:
-            torch.save(saved, file)
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-        for old in sorted((out / "state").glob("[0-9]*"))[:-keep]:
-            shutil.rmtree(old)
-    distributed.wait_for_everyone()
-
-
-# Logging.
-
-
-class _Log:
-    """Averages over all processes since the last line, to ``log.jsonl``, to the trackers and to the bar.
-
-    ``skipped`` counts the broken samples of the whole run, those before an interruption included.
-    """
-
-    def __init__(self, out: Path, accelerator: Accelerator, step: int, config: TrainConfig):
-        self.accelerator, self.config = accelerator, config
-        self.path = out / "log.jsonl"
-        self.before, self.begun = seconds_so_far(out, step), time.perf_counter()
-        self._reset()
-        self.skipped = 0  # by this process; the first also carries what was skipped before the run was continued
-        if config.trackers:
-            accelerator.init_trackers(out.name)
-        if accelerator.is_main_process:
-            kept = [line for line in read_log(out) if line["step"] <= step]
-            hub.write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.skipped = kept[-1]["skipped"] if kept else 0
-
-    def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.images, self.texts, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
-
-    def add(self, losses: dict[str, Tensor], parts: list[dict[str, Batch]], waited: float) -> None:
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-        for batch in (batch for part in parts for batch in part.values()):
-            self.images += len(batch.images)
-            self.texts += len(batch.texts.ids)
-            for skipped in batch.skipped:
-                self.skipped += 1
-                tqdm.write(f"skipped {skipped}")
-        self.waited += waited
-
-    def step(self, step: int, lr: float, bar: tqdm) -> str:
-        seconds = time.perf_counter() - self.since
-        world = distributed.world().size
-        rate = f"{world * self.images / seconds:.0f} images/s {world * self.texts / seconds:.0f} texts/s"
-        if step % self.config.log_every == 0 or step == self.config.steps:
-            means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-            counts = {"images_per_s": self.images / seconds, "texts_per_s": self.texts / seconds}
-            parts = distributed.gather_objects((means, counts | {"skipped": self.skipped}))
-            line = {"step": step, "lr": lr}
-            line |= {name: sum(part[name] for part, _ in parts) / len(parts) for name in means}
-            line |= {name: sum(part[name] for _, part in parts) for name in parts[0][1]}
-            line |= {"waiting_for_data": self.waited / seconds}
-            line |= {"seconds": self.before + time.perf_counter() - self.begun}
-            if self.accelerator.is_main_process:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            self.accelerator.log(line, step=step)
-            self._reset()
-        return rate
-
-    def close(self) -> None:
-        if self.config.trackers:
-            self.accelerator.end_training()
-
-
-def read_log(out: Path) -> list[dict]:
-    """The lines of a run's log; a last line that a kill cut short is left out."""
-    path, lines = out / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def seconds_so_far(out: Path, step: int | None = None) -> float:
-    """Seconds of training that a run's log accounts for, up to a step."""
-    return max((line["seconds"] for line in read_log(out) if step is None or line["step"] <= step), default=0.0)
 
 
 class _StopRequest:

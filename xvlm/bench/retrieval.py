@@ -17,7 +17,7 @@ from torch import Tensor
 from xvlm import evaluate
 from xvlm.bench import measure
 from xvlm.bench.naive import fuse_padded, read_padded
-from xvlm.bench.step import SIZES, check, make_batch
+from xvlm.bench.step import SIZES, check, check_timing, make_batch
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Concepts, Texts, Words
 
@@ -82,7 +82,8 @@ def bench_retrieval(
     Raises:
         ValueError: as :func:`xvlm.bench.step.bench_step`.
     """
-    place = check(size, device, "fp32", clock, images * texts_per_image)
+    place = check(size, device, "fp32")
+    check_timing(device, clock, images * texts_per_image)
     torch.manual_seed(0)
     model = XVLM(SIZES[size]).to(place).eval()
     batch = make_batch(SIZES[size], images, texts_per_image, torch.Generator().manual_seed(0)).to(place)

@@ -25,7 +25,7 @@ class InitConfig(Configured):
     # Where vision.image_size differs, windows may too, and position tables are resized.
     model: str | None = None
     fresh: tuple[str, ...] = ()  # parts that init.model lacks though its configuration has them: towers alone
-    vision: str | None = None  # the trunk's weights: a file, with timm's names or with the same tensors in order
+    vision: str | None = None  # the trunk's weights: a file with timm's names, Swin's own, or the same tensors in order
     # A BERT-family folder: its first `text_layers` layers read, its last `cross_layers` fuse. Layers may do both, from
     # the same weights at the start: a sentence encoder such as MiniLM says what it means in its last layers only.
     text: str | None = None
@@ -52,6 +52,8 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
     if init.vision is not None:
         file = hub.locate(init.vision)
         state, target = convert.read_checkpoint(file), model.vision.trunk.state_dict()
+        if any(name.endswith("relative_position_index") for name in state):  # as Swin's authors released it
+            state = {name: tensor for name, tensor in convert.swin(state).items() if name in target}
         state = state if state.keys() == target.keys() else convert.in_order(state, target)
         loaded |= {f"vision.trunk.{name}": tensor for name, tensor in state.items()}
     if init.text is not None:
