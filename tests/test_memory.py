@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from xvlm.__main__ import app
@@ -34,10 +33,10 @@ def test_two_batches_tell_what_a_larger_one_needs():
         parameter.grad = torch.zeros_like(parameter)
     lines = [
         memory._need(task, "tiny", "caption", False, batches, torch.device("cpu"), "fp32")
-        for batches in ((16, 20), (20, 28))
+        for batches in ((8, 24), (24, 40))
     ]
     expected, told = (line.base + 40 * line.per_image for line in lines)
-    assert told == pytest.approx(expected, rel=0.05)
+    assert told == pytest.approx(expected, rel=0.1)
 
 
 def test_checkpointing_saves_and_both_updates_together_cost_more(found):
@@ -60,13 +59,13 @@ def test_the_largest_batch_fits_and_one_more_does_not(found):
     assert big.images(big.needs[0], 12) == 0
 
 
-def test_norms_stay_in_float32_as_on_a_gpu():
+def test_norms_are_in_float32_as_on_a_gpu():
+    norm = torch.nn.LayerNorm(4)
     x = torch.randn(2, 4, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert F.layer_norm(x, (4,)).dtype == torch.bfloat16
-        with memory._GPUPrecision():
-            assert F.layer_norm(x, (4,)).dtype == x.softmax(-1).dtype == torch.float32
-            assert F.linear(x, torch.randn(3, 4)).dtype == torch.bfloat16
+        assert norm(x).dtype == torch.bfloat16
+        norm.register_forward_pre_hook(memory._as_on_a_gpu)
+        assert norm(x).dtype == torch.float32
 
 
 def test_the_command_prints_a_table(tmp_path, found, monkeypatch):

@@ -1,8 +1,8 @@
 """What a pre-training update needs in memory, and the largest batch that fits a card.
 
 Bytes grow with the images of a batch along a straight line, which two batches give. On a GPU its allocator is asked. On
-a CPU the bytes of all tensors alive are counted, under the GPU's rules of mixed precision: what a GPU's kernels need
-inside, and what its allocator loses between tensors, is then left out.
+a CPU the bytes of all tensors alive are counted, with LayerNorm in float32 as GPUs have it under autocast: what a GPU's
+kernels need inside, and what its allocator loses between tensors, is then left out.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from xvlm.bench.measure import device_name, peak_bytes
 from xvlm.bench.step import SIZES, check, make_batch
@@ -24,7 +22,6 @@ FREE = 0.1  # of a card, for kernels and what the allocator loses
 TEXTS = {"caption": 1, "region": 3}  # of an image; the published region batches have 128 texts about 48 images
 REGIONS = 48 / 128  # images with regions per image with a caption, in the published batches
 KEPT = 16  # bytes of a parameter: weight, gradient and AdamW's two moments, in float32
-FLOAT32_ON_GPU = {F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, F.cross_entropy, F.normalize}
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,8 @@ def bench_memory(
         task = make_task(XVLM(SIZES[size])).to(place).train()
         if checkpointed:
             economy.checkpoint_layers(task)
+        for norm in [module for module in task.modules() if isinstance(module, nn.LayerNorm)]:
+            norm.register_forward_pre_hook(_as_on_a_gpu)
         for parameter in task.parameters():
             # Gradients are among what is kept; those that come one after another would hide small batches.
             parameter.grad = torch.zeros_like(parameter)
@@ -127,20 +126,13 @@ def _need(
                 total = sum(task({update: batch}).values())
             total.backward()
 
-        with _GPUPrecision():
-            return peak_bytes(device, step)
+        return peak_bytes(device, step)
 
     small, large = (peak(images) for images in batches)
     per_image = (large - small) / (batches[1] - batches[0])
     return Need(update, checkpointed, max(0.0, small - per_image * batches[0]), per_image)
 
 
-class _GPUPrecision(TorchFunctionMode):
-    """Under autocast, CPUs normalise in the lower precision, GPUs in float32, which then stays for longer."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in FLOAT32_ON_GPU and torch.is_autocast_enabled("cpu"):
-            args = [
-                value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in args
-            ]
-        return func(*args, **(kwargs or {}))
+def _as_on_a_gpu(_norm: nn.LayerNorm, given: tuple[Tensor]) -> tuple[Tensor]:
+    """Under autocast GPUs normalise in float32, and then stay with it for a while; CPUs do not."""
+    return tuple(x.float() for x in given)
