@@ -170,7 +170,7 @@ def test_caption_batches(folders, processor):
     assert batch.regions.whole.all()
     assert batch.regions.boxes_cxcywh.tolist() == [[0.5, 0.5, 1.0, 1.0]] * 14
     assert batch.regions.boxes_xywh.tolist() == [[0.0, 0.0, 32.0, 24.0]] * 14
-    assert batch.sources == {"made": 10, "other": 4}
+    assert batch.seen == {"made/images": 10, "made/captions": 10, "other/images": 4, "other/captions": 4}
     assert batch.skipped == ()
     for image, name in zip(batch.images, batch.ids, strict=True):
         expected = processor.pixel_values(decode_image(made(int(name[-1]))[1]))
@@ -246,7 +246,7 @@ def test_a_cap_drops_texts_at_random_without_repeating_any(folders, processor):
     )
     assert len(said(everything)) == 14 * 4
     assert len(said(capped)) == 20
-    assert sum(capped.sources.values()) == 20
+    assert sum(n for what, n in capped.seen.items() if not what.endswith("/images")) == 20
     assert len(capped.ids) > 20 / 4  # not simply the first
     assert set(capped.regions.image.tolist()) == set(range(len(capped.ids)))  # no image without a text
     pairs = Counter(zip([capped.ids[i] for i in capped.regions.image], said(capped), strict=True))
@@ -277,7 +277,7 @@ def test_attributes_come_before_the_label():
     record = Record(id="r", source="s", width=9, height=9, objects=[thing])
 
     def texts(attributes):
-        return {mentions(record, ["object"], attributes, Random(seed))[0][0] for seed in range(200)}
+        return {mentions(record, ["object"], attributes, Random(seed))[0][1] for seed in range(200)}
 
     assert texts("one") == {"big dog", "old dog", "wet dog"}
     assert texts("all") == {"big old wet dog"}
@@ -288,7 +288,8 @@ def test_phrases_have_the_box_around_all_of_theirs():
     boxes = [(1.5, 2.0, 3.0, 8.0), (2.0, 1.0, 5.25, 4.0)]
     phrases = [Phrase(caption=0, start=0, end=8, boxes_xyxy=boxes), Phrase(caption=0, start=9, end=12)]
     record = Record(id="r", source="s", width=9, height=9, captions=["two dogs run"], phrases=phrases)
-    assert mentions(record, ["region", "object", "phrase"], "one", Random(0)) == [("two dogs", (1.5, 1.0, 5.25, 8.0))]
+    found = [("phrase", "two dogs", (1.5, 1.0, 5.25, 8.0))]
+    assert mentions(record, ["region", "object", "phrase"], "one", Random(0)) == found
     assert mentions(record, ["region", "object"], "one", Random(0)) == []
 
 

@@ -48,7 +48,9 @@ class Regions(Movable):
 
 @dataclass(frozen=True)
 class Batch(Movable):
-    """Images and the texts about them. ``ids`` name the records (image by image), ``skipped`` the broken ones."""
+    """Images and the texts about them. ``ids`` name the records (image by image), ``skipped`` the broken ones; ``seen``
+    counts images and texts by source and kind: ``coco/images``, ``coco/captions``, ``coco/objects``.
+    """
 
     images: Float[Tensor, "image 3 height width"]
     texts: Texts
@@ -56,7 +58,7 @@ class Batch(Movable):
     masked: Masked | None = None
     ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
-    sources: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
