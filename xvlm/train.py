@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,16 @@ from xvlm.types import Batch
 logger = logging.getLogger(__name__)
 
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
+# Fields, by the end of their names, that a run may be continued with other values of: they change nothing it learns.
+FREE = (
+    ".workers",
+    ".cache.folder",
+    ".cache.gigabytes",
+    "train.save_every",
+    "train.keep",
+    "train.log_every",
+    "train.trackers",
+)
 
 Open = Callable[[int], Iterator[Batch]]  # a stream of batches from the given batch number on
 
@@ -75,7 +86,7 @@ def make_accelerator(config: TrainConfig, out: Path, *, all_heads: bool = False)
 
 
 def claim(out: Path, config: Configured) -> None:
-    """Make a run folder, or check that it belongs to this very configuration.
+    """Make a run folder, or check that it belongs to this very configuration, apart from what is ``FREE``.
 
     Raises:
         ConfigError: the folder holds a run of another configuration; names the keys that differ.
@@ -86,7 +97,7 @@ def claim(out: Path, config: Configured) -> None:
         differ = [
             f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
+            if before.get(key) != now.get(key) and not key.endswith(FREE)
         ]
         if differ:
             raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(differ)}); choose another out=")
@@ -120,7 +131,7 @@ def fit(
         FloatingPointError: a loss that is not finite, by name, with the records of the batch.
     """
     optimizer = make_optimizer(task, optim, fresh)
-    step, positions = _restore(out, task, optimizer, streams)
+    step, positions, seen = _restore(out, task, optimizer, streams)
     task.train()
     if config.compile:
         economy.compile_layers(task)
@@ -128,7 +139,7 @@ def fit(
         economy.checkpoint_layers(task)
     model, optimizer = accelerator.prepare(task, optimizer)
     opened: dict[str, Iterator[Batch]] = {}
-    log = _Log(out, accelerator, step, config)
+    log = _Log(out, accelerator, step, config, seen)
     stop = _StopRequest()
     begun = step
     with stop, tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_main_process) as bar:
@@ -153,7 +164,7 @@ def fit(
             bar.set_postfix_str(rate, refresh=False)
             stopping = stop.due(step) and stop.requested()
             if step % config.save_every == 0 or step == config.steps or stopping:
-                _save(out, step, positions, accelerator.unwrap_model(model), optimizer, config.keep)
+                _save(out, step, positions, log.seen_by_all(), accelerator.unwrap_model(model), optimizer, config.keep)
             if stopping and step < config.steps:
                 raise Interrupted(f"stopped at step {step} of {config.steps}; the same command continues")
     log.close()
@@ -200,8 +211,8 @@ def states(out: Path) -> list[Path]:
 
 def _restore(
     out: Path, task: nn.Module, optimizer: torch.optim.Optimizer, streams: Mapping[str, Open]
-) -> tuple[int, dict[str, int]]:
-    """Continue from the newest state that can be read.
+) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Continue from the newest state that can be read: its step, positions and what was seen until then.
 
     Raises:
         ValueError: there are states, but none can be read.
@@ -214,19 +225,22 @@ def _restore(
             continue
         task.load_state_dict(saved["task"])
         optimizer.load_state_dict(saved["optimizer"])
-        return saved["step"], saved["positions"]
+        return saved["step"], saved["positions"], saved["seen"]
     if states(out):
         raise ValueError(f"{out / 'state'}: none of the states can be read; remove the folder to train from the start")
-    return 0, dict.fromkeys(streams, 0)
+    return 0, dict.fromkeys(streams, 0), {}
 
 
-def _save(out: Path, step: int, positions: dict[str, int], task: nn.Module, optimizer, keep: int) -> None:
+def _save(
+    out: Path, step: int, positions: dict[str, int], seen: dict[str, int], task: nn.Module, optimizer, keep: int
+) -> None:
     """Write a state beside its final place and move it there in one step; older ones go only afterwards."""
     if distributed.world().rank == 0:
         folder, unfinished = out / "state" / f"{step:08d}", out / "state" / ".unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        saved = {"step": step, "positions": positions, "task": task.state_dict(), "optimizer": optimizer.state_dict()}
+        saved = {"step": step, "positions": positions, "seen": seen}
+        saved |= {"task": task.state_dict(), "optimizer": optimizer.state_dict()}
         with hub.replacing(unfinished / "state.pt") as file:
             torch.save(saved, file)
         if folder.exists():
@@ -243,21 +257,22 @@ def _save(out: Path, step: int, positions: dict[str, int], task: nn.Module, opti
 class _Log:
     """Averages over all processes since the last line, to ``log.jsonl``, to the trackers and to the bar.
 
-    ``skipped`` counts the broken samples of the whole run, those before an interruption included.
+    ``seen`` counts images and texts by stream, source and kind, and ``skipped`` the broken samples, over the whole run,
+    those before an interruption included.
     """
 
-    def __init__(self, out: Path, accelerator: Accelerator, step: int, config: TrainConfig):
+    def __init__(self, out: Path, accelerator: Accelerator, step: int, config: TrainConfig, seen: dict[str, int]):
         self.accelerator, self.config = accelerator, config
         self.path = out / "log.jsonl"
         self.before, self.begun = seconds_so_far(out, step), time.perf_counter()
         self._reset()
-        self.skipped = 0  # by this process; the first also carries what was skipped before the run was continued
+        # By this process; the first also carries what was seen before the run was continued.
+        self.seen = Counter(seen if accelerator.is_main_process else {})
         if config.trackers:
             accelerator.init_trackers(out.name)
         if accelerator.is_main_process:
             kept = [line for line in read_log(out) if line["step"] <= step]
             hub.write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.skipped = kept[-1]["skipped"] if kept else 0
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -268,11 +283,13 @@ class _Log:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
-        for batch in batches.values():
+        for stream, batch in batches.items():
             self.images += len(batch.images)
             self.texts += len(batch.texts.ids)
+            self.seen.update(
+                {f"{stream}/{what}": n for what, n in batch.seen.items()} | {"skipped": len(batch.skipped)}
+            )
             for skipped in batch.skipped:
-                self.skipped += 1
                 tqdm.write(f"skipped {skipped}")
         self.waited += waited
 
@@ -283,18 +300,23 @@ class _Log:
         if step % self.config.log_every == 0 or step == self.config.steps:
             means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
             counts = {"images_per_s": self.images / seconds, "texts_per_s": self.texts / seconds}
-            parts = distributed.gather_objects((means, counts | {"skipped": self.skipped}))
+            parts = distributed.gather_objects((means, counts))
+            seen = self.seen_by_all()
             line = {"step": step, "lr": lr}
             line |= {name: sum(part[name] for part, _ in parts) / len(parts) for name in means}
             line |= {name: sum(part[name] for _, part in parts) for name in parts[0][1]}
-            line |= {"waiting_for_data": self.waited / seconds}
+            line |= {"skipped": seen.pop("skipped", 0), "waiting_for_data": self.waited / seconds}
             line |= {"seconds": self.before + time.perf_counter() - self.begun}
             if self.accelerator.is_main_process:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            self.accelerator.log(line, step=step)
+                    file.write(json.dumps(line | {"seen": seen}) + "\n")
+            self.accelerator.log(line | {f"seen/{what}": n for what, n in seen.items()}, step=step)
             self._reset()
         return rate
+
+    def seen_by_all(self) -> dict[str, int]:
+        """What all processes have seen together; every one of them must ask."""
+        return dict(sum(distributed.gather_objects(self.seen), Counter()))
 
     def close(self) -> None:
         if self.config.trackers:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count, islice
+from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
 
@@ -108,6 +109,13 @@ class StreamConfig(Configured):
         return values | {"augment": {"crop": "keep_box", "randaugment": "colour"} | given}
 
 
+def locate(config: StreamConfig) -> dict[str, list[Path]]:
+    """The packed folders of each source; tars without an index get one: see :func:`xvlm.data.tars.locate`."""
+    return {
+        name: [tars.locate(entry, config.cache) for entry in source.shards] for name, source in config.mixture.items()
+    }
+
+
 def loader(
     config: StreamConfig,
     processor: Processor,
@@ -132,7 +140,7 @@ def loader(
 
     Raises:
         ValueError: ``images`` or ``max_texts`` cannot be divided among the processes.
-        OSError: see :class:`Shards` and :func:`xvlm.data.tars.locate`.
+        OSError: see :class:`Shards` and :func:`locate`.
         UnusableData: (while reading) a batch for which no usable sample is found, or too many skipped; names them.
     """
     for name in ("images", "max_texts"):
@@ -275,8 +283,7 @@ class _Stream(Dataset):
         self.config, self.processor, self.masking = config, processor, masking
         self.seed, self.rank, self.world = seed, rank, world
         self.folders = {
-            name: [Shards(tars.locate(entry, config.cache), config.cache) for entry in source.shards]
-            for name, source in config.mixture.items()
+            name: [Shards(folder, config.cache) for folder in folders] for name, folders in locate(config).items()
         }
         sizes = {name: [size for shards in folders for size in shards.sizes] for name, folders in self.folders.items()}
         self.order = Mixture(sizes, {name: source.weight for name, source in config.mixture.items()}, seed)

@@ -8,6 +8,7 @@ links, devices and the like are no members.
 import logging
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,12 +72,15 @@ def _matching(pattern: Path) -> list[str]:
 
 
 def write_index(places: Sequence[str], folder: Path, cache: Cache, *, progress: bool = True) -> Index:
-    """Read every tar once and write the folder's ``index.json``.
+    """Read every tar once and write the folder's ``index.json``; tars in the folder itself may move with it.
 
     Raises:
+        FileExistsError: the folder has an index already.
         OSError: a tar cannot be fetched.
         ValueError: none of them holds a sample.
     """
+    if (folder / INDEX).exists():
+        raise FileExistsError(f"{folder / INDEX}: this folder has an index already")
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
 
@@ -89,12 +93,14 @@ def write_index(places: Sequence[str], folder: Path, cache: Cache, *, progress: 
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         shards = list(tqdm(pool.map(shard, places), "indexing", len(places), unit="tar", disable=not progress))
-    shards = [shard for shard in shards if shard.samples]
+    inside = f"{folder.absolute()}/"
+    shards = [s.model_copy(update={"file": s.file.removeprefix(inside)}) for s in shards if s.samples]
     if not shards:
         raise ValueError(f"{places[0]}{' …' * (len(places) > 1)}: no tar holds an image with a .txt or .json")
     counts = {"records": sum(len(shard.samples) for shard in shards)}
     index = Index(description={"tars": list(places)}, counts=counts, shards=shards)
     hub.write_atomically(folder / INDEX, index.model_dump_json())
+    shutil.rmtree(parts)
     return index
 
 
