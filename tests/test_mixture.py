@@ -18,7 +18,7 @@ WEIGHTS = {"a": 2.0, "b": 0.5, "c": 1.0}
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(0, 9), st.integers(0, 2 * BLOCK))
 def test_every_stretch_has_the_shares(weights, seed, end):
     names = [str(n) for n in range(len(weights))]
-    mixture = Mixture(dict.fromkeys(names, [3]), dict(zip(names, weights, strict=True)), seed)
+    mixture = Mixture({name: [3] for name in names}, dict(zip(names, weights, strict=True)), seed)
     assert mixture.counts.sum() == BLOCK
     pattern = np.concatenate([mixture._arrange(block) for block in range(3)])[:end]
     for n, weight in enumerate(weights):

@@ -34,15 +34,7 @@ logger = logging.getLogger(__name__)
 
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
 # Fields, by the end of their names, that a run may be continued with other values of: they change nothing it learns.
-FREE = (
-    ".workers",
-    ".cache.folder",
-    ".cache.gigabytes",
-    "train.save_every",
-    "train.keep",
-    "train.log_every",
-    "train.trackers",
-)
+FREE = (".workers", ".cache.folder", ".cache.gigabytes", ".save_every", ".keep", ".log_every", ".trackers")
 
 Open = Callable[[int], Iterator[Batch]]  # a stream of batches from the given batch number on
 
