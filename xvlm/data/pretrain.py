@@ -154,6 +154,7 @@ def loader(
         num_workers=config.workers,
         collate_fn=_as_it_is,
         worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=torch.Generator(),  # else opening a stream draws from the run's, whose dropout then depends on when
     )
     return _watched(batches, config.max_skipped_share, config.images // world)
 
