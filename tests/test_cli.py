@@ -1,5 +1,7 @@
 """The ``xvlm`` command: what it prints and writes, and one clear line where something is missing."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -77,6 +79,18 @@ def test_scenes_are_packed_and_shown(tmp_path):
     assert min(Image.open(sheet).size) > 128
 
 
+def test_tars_are_indexed_and_then_shown_like_packed_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where what is fetched is kept by default
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--limit", 4)
+    (tmp_path / "shards/train/index.json").unlink()
+    tars, index = f"pipe:cat {tmp_path}/shards/train/{{000000..000000}}.tar", tmp_path / "index"
+    printed = lines_of("data", "index", tars, "--out", index, "--cache", tmp_path / "cache")
+    assert printed[-1] == f"{index}: 4 records in 1 tars"
+    lines_of("data", "show", tmp_path / "index", "--out", tmp_path / "sheet.png", "--count", 4)
+    assert (tmp_path / "sheet.png").stat().st_size
+    assert "cannot be fetched" in error_of(monkeypatch, "data", "index", "pipe:false", "--out", tmp_path / "other")
+
+
 def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_path):
     phrases, drawn = ["the small red disc", "a star"], tmp_path / "drawn.png"
     *found, written = lines_of("ground", picture, *phrases, "--model", folder, "--out", drawn)
@@ -87,6 +101,25 @@ def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_pat
         assert -96 <= top <= bottom <= 192
     assert written == str(drawn)
     assert Image.open(drawn).width >= 96
+
+
+def test_ground_by_gradcam_shows_the_heat_of_each_phrase(folder, picture, tmp_path, monkeypatch):
+    drawn = tmp_path / "drawn.png"
+    found = lines_of("ground", picture, "a disc", "a star", "--model", folder, "--out", drawn, "--method", "gradcam")
+    assert len(found) == 3 and Image.open(drawn).width > 600
+    assert "expected box or gradcam" in error_of(
+        monkeypatch, "ground", picture, "a", "--model", folder, "--method", "x"
+    )
+
+
+def test_calibrated_folders_say_whether_a_phrase_is_there(folder, picture, tmp_path, monkeypatch):
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "val", "--limit", 12)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    printed = lines_of("calibrate", copy, tmp_path / "shards/val")
+    assert [line.partition(":")[0] for line in printed[:4]] == ["n_acc", "t_acc", "calibration_error", "absent"]
+    found = lines_of("ground", picture, "the small red disc", "--model", copy, "--out", tmp_path / "drawn.png")[0]
+    assert re.search(r"(not )?there \(\d\.\d\d\)$", found)
 
 
 def test_an_unknown_model_ends_in_one_line_that_names_the_shipped_ones(monkeypatch, picture, tmp_path):

@@ -94,7 +94,8 @@ def test_attention_maps_are_kept_with_gradient():
     concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
     about = torch.arange(len(batch.texts.ids)) + 3
     fused = model.fuse(words, concepts, about, keep_map=1)
-    kept = model.cross.layers[1].cross_attention.map
+    kept = model.cross.layers[1].cross_attention.take_map()
+    assert model.cross.layers[1].cross_attention.map is None
     assert kept.shape == (len(words.states), 2, 1 + concepts.patches.shape[1])
     torch.testing.assert_close(kept.sum(-1), torch.ones(kept.shape[:2]))
     (gradient,) = torch.autograd.grad(model.match(fused)[:, 1].sum(), kept)

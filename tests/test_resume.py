@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from random import Random
 import pytest
 import tiny
 import torch
+from tqdm import tqdm
 
 from xvlm import distributed, train
 from xvlm.data import scenes
@@ -74,9 +76,12 @@ def run(shards: Path, out: Path, recipe: str, workers: int, steps: int = STEPS) 
 
 
 def start(target: Callable, *arguments) -> multiprocessing.Process:
-    out = arguments[1]
-    out.mkdir(exist_ok=True)
-    process = FORK.Process(target=target, args=arguments)
+    def work() -> None:
+        tqdm.set_lock(threading.RLock())  # else who is killed while drawing a bar takes the lock of all with it
+        target(*arguments)
+
+    arguments[1].mkdir(exist_ok=True)
+    process = FORK.Process(target=work)
     process.start()
     return process
 

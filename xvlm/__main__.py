@@ -43,6 +43,10 @@ def ground(
     phrases: Annotated[list[str], typer.Argument(help="What to look for, one or more phrases.")],
     model: Annotated[str, typer.Option(help="Folder, shipped name or hub name.")] = DEFAULT,
     out: Annotated[Path, typer.Option(help="Where the drawn picture goes.")] = Path("grounded.png"),
+    method: Annotated[str, typer.Option(help="box: the box head; gradcam: where the matching head looks.")] = "box",
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Of gradcam: which cross layer. Default: the middle.")
+    ] = None,
 ) -> None:
     """Find phrases in a picture: prints a box each (left top right bottom, pixels) and draws them."""
     import torch
@@ -52,19 +56,66 @@ def ground(
     from xvlm.data.processor import Processor
     from xvlm.grounder import Grounder
     from xvlm.models.xvlm import XVLM
+    from xvlm.presence import Presence, WithPresence
     from xvlm.tasks.pretraining import PretrainingConfig, Task
+    from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig
 
     picture = Image.open(image).convert("RGB")
     folder = hub.locate(model)
-    method = Task(PretrainingConfig(), XVLM.from_pretrained(folder)).eval()
-    grounder = Grounder(method, Processor.from_pretrained(folder))
+    weights = XVLM.from_pretrained(folder)
+    if method == "gradcam":
+        middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
+        way = GradCAM(GradCAMConfig(layer=middle if layer is None else layer), weights)
+    elif method == "box":
+        way = Task(PretrainingConfig(), weights)
+    else:
+        raise ValueError(f"--method {method}: expected box or gradcam")
+    known = Presence.from_pretrained(folder)
+    if method == "box" and known is not None:
+        way = WithPresence(way, weights, known)
+    grounder = Grounder(way, Processor.from_pretrained(folder))
     grounder.set_image(picture)
     found = grounder.predict_all(phrases)
     for phrase, each in zip(phrases, found, strict=True):
         box = " ".join(f"{edge:.0f}" for edge in each.boxes_xyxy[0].tolist())
-        typer.echo(f"{phrase}: {box}")
-    viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), phrases).save(out)
+        sure = ""
+        if known is not None and each.presence is not None:
+            verdict = "there" if each.presence >= known.threshold else "not there"
+            sure = f"  {verdict} ({each.presence:.2f})"
+        typer.echo(f"{phrase}: {box}{sure}")
+    if found[0].heat is None:
+        drawn = viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), phrases)
+    else:
+        drawn = viz.contact_sheet([viz.draw(viz.heatmap(picture, each.heat), each) for each in found], phrases)
+    drawn.save(out)
     typer.echo(str(out))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="A folder of weights; what is found is stored in it.")],
+    shards: Annotated[Path, typer.Argument(help="Held-out shards with expressions that name something and nothing.")],
+    limit: Annotated[int, typer.Option(min=2, help="Records at most.")] = 1000,
+) -> None:
+    """Learn from held-out phrases how sure a model should be that a phrase is in an image at all.
+
+    Every other record teaches; the numbers are of the rest.
+    """
+    from xvlm import presence
+    from xvlm.data.processor import Processor
+    from xvlm.data.shards import Shards
+    from xvlm.models.xvlm import XVLM
+    from xvlm.tasks.pretraining import PretrainingConfig, Task
+
+    weights, processor, packed = XVLM.from_pretrained(model), Processor.from_pretrained(model), Shards(shards)
+    count = min(limit, len(packed))
+    method = Task(PretrainingConfig(), weights).eval()
+    taught, held_out = (presence.gather(method, weights, processor, packed, range(first, count, 2)) for first in (0, 1))
+    found = presence.fit(*taught)
+    found.save_pretrained(model)
+    for name, value in presence.numbers(found, *held_out).items():
+        typer.echo(f"{name}: {value:.3f}")
+    typer.echo(f"{model / presence.FILE}: threshold {found.threshold:.3f}, on {len(held_out[1])} phrases")
 
 
 @app.command()

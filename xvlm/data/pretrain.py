@@ -125,38 +125,41 @@ def loader(
     start: int,
     rank: int = 0,
     world: int = 1,
+    turns: int = 1,
 ) -> Iterator[Batch]:
     """Batches without end, from batch ``start`` of the run on.
 
     Batch n holds samples n * images to (n + 1) * images of the epochs laid end to end (of a mixture: see
-    :class:`Mixture`); each process has its part of them. A sample that cannot be used is left out and named in
-    ``Batch.skipped``. Where that leaves a process with nothing, the next sample of its parts that can be used stands
-    in, so that every process has a batch whenever the others have one.
+    :class:`Mixture`); each process has its part of them, as ``turns`` batches one after the other. A sample that cannot
+    be used is left out and named in ``Batch.skipped``. Where that leaves nothing, the next sample of the same turn that
+    can be used stands in, so that every process has a batch whenever the others have one.
 
     Args:
         masking: None leaves ``Batch.masked`` out.
         seed: of the run.
         rank, world: this process and how many there are.
+        turns: into how many batches a process divides its part.
 
     Raises:
-        ValueError: ``images`` or ``max_texts`` cannot be divided among the processes.
+        ValueError: ``images`` or ``max_texts`` cannot be divided among the processes and their turns.
         OSError: see :class:`Shards` and :func:`locate`.
         UnusableData: (while reading) a batch for which no usable sample is found, or too many skipped; names them.
     """
     for name in ("images", "max_texts"):
-        if (getattr(config, name) or 0) % world:
-            raise ValueError(f"{name}: {getattr(config, name)} cannot be divided among {world} processes")
-    stream = _Stream(config, processor, masking, seed, rank, world)
+        if (getattr(config, name) or 0) % (world * turns):
+            among = f"{world} processes" + (f" with {turns} turns each" if turns > 1 else "")
+            raise ValueError(f"{name}: {getattr(config, name)} cannot be divided among {among}")
+    stream = _Stream(config, processor, masking, seed, rank, world, turns)
     batches = DataLoader(
         stream,
         batch_size=None,  # the stream's items are batches already
-        sampler=count(start),
+        sampler=count(start * turns),
         num_workers=config.workers,
         collate_fn=_as_it_is,
         worker_init_fn=_leave_interrupts_to_the_parent,
         generator=torch.Generator(),  # else opening a stream draws from the run's, whose dropout then depends on when
     )
-    return _watched(batches, config.max_skipped_share, config.images // world)
+    return _watched(batches, config.max_skipped_share, config.images // (world * turns))
 
 
 def _as_it_is(batch: "Batch | _Unusable") -> "Batch | _Unusable":
@@ -208,6 +211,7 @@ class _Said:
 
 @dataclass(frozen=True)
 class _Sample:
+    place: int  # in the order of the run
     record: Record
     source: str
     pixels: UInt8[Tensor, "3 height width"]
@@ -270,7 +274,7 @@ def _object_text(thing: Object, attributes: Literal["one", "all", "some"], rng: 
 
 
 class _Stream(Dataset):
-    """Batch number to this process's part of the batch."""
+    """Item n is turn ``n % turns`` of this process's part of batch ``n // turns``."""
 
     def __init__(
         self,
@@ -280,54 +284,60 @@ class _Stream(Dataset):
         seed: int,
         rank: int,
         world: int,
+        turns: int,
     ):
         self.config, self.processor, self.masking = config, processor, masking
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.turns, self.parts = seed, rank, turns, world * turns
         self.folders = {
             name: [Shards(folder, config.cache) for folder in folders] for name, folders in locate(config).items()
         }
+        self.kinds = {name: source.kinds or config.kinds for name, source in config.mixture.items()}
         sizes = {name: [size for shards in folders for size in shards.sizes] for name, folders in self.folders.items()}
         self.order = Mixture(sizes, {name: source.weight for name, source in config.mixture.items()}, seed)
 
-    def __getitem__(self, n: int) -> Batch | _Unusable:
+    def __getitem__(self, item: int) -> Batch | _Unusable:
         samples, skipped = [], []
-        for position in self._part(n):
+        for place in self._places(item):
             try:
-                samples.append(self._sample(*self.order.at(position)))
+                samples.append(self._sample(place))
             except BrokenSample as broken:
-                place = "/".join(broken.shard.split("/")[-2:])
-                skipped.append(f"{place}/{broken.key}: {broken.reason}")
+                file = "/".join(broken.shard.split("/")[-2:])
+                skipped.append(f"{file}/{broken.key}: {broken.reason}")
         if not any(sample.said for sample in samples):
-            samples = self._stand_in(n)
+            samples = self._stand_in(item)
         texts = [(sample, said) for sample in samples for said in sample.said]
-        if self.config.max_texts is not None and len(texts) > (most := self.config.max_texts // self.world):
-            rng = Random(f"{self.seed} texts {n} {self.rank} {self.config.grain}")
+        if self.config.max_texts is not None and len(texts) > (most := self.config.max_texts // self.parts):
+            n, turn = divmod(item, self.turns)
+            rng = Random(f"{self.seed} texts {n} {self.rank * self.turns + turn} {self.config.grain}")
             texts = [texts[i] for i in sorted(rng.sample(range(len(texts)), most))]
         return self._batch(texts, tuple(skipped)) if texts else _Unusable(tuple(skipped))
 
-    def _part(self, n: int) -> range:
-        """This process's positions in batch ``n``."""
-        mine = self.config.images // self.world
-        first = n * self.config.images + self.rank * mine
+    def _places(self, item: int) -> range:
+        """Where in the order of the run the samples of an item are."""
+        n, turn = divmod(item, self.turns)
+        mine = self.config.images // self.parts
+        first = n * self.config.images + (self.rank * self.turns + turn) * mine
         return range(first, first + mine)
 
-    def _stand_in(self, n: int) -> list[_Sample]:
-        """The next sample of this process's parts with a text that can be used, if it is near."""
-        for position in islice(chain.from_iterable(map(self._part, count(n + 1))), STAND_INS):
+    def _stand_in(self, item: int) -> list[_Sample]:
+        """The next sample of the same turn with a text that can be used, if it is near."""
+        later = chain.from_iterable(map(self._places, count(item + self.turns, self.turns)))
+        for place in islice(later, STAND_INS):
             with suppress(BrokenSample):  # it is named when its turn comes
-                sample = self._sample(*self.order.at(position))
+                sample = self._sample(place)
                 if sample.said:
                     return [sample]
         return []
 
-    def _sample(self, source: str, epoch: int, index: int) -> _Sample:
+    def _sample(self, place: int) -> _Sample:
         config, size = self.config, self.processor.config.image_size
+        source, epoch, index = self.order.at(place)
         shards, i = self._find(source, index)
         record, image = read_image(shards, i)
         rng = Random(f"{self.seed} {epoch} {index} {config.grain}{source}")
         captioned = bool(record.captions) and (config.grain == "caption" or config.with_caption)
         captions = _captions(record, config, rng) if captioned else []
-        kinds = config.mixture[source].kinds or config.kinds
+        kinds = self.kinds[source]
         parts = mentions(record, kinds, config.attributes, rng) if config.grain == "region" else []
         if not (parts if config.grain == "region" else captions):
             wanted = "caption" if config.grain == "caption" else f"{', '.join(kinds)} with a box"
@@ -347,7 +357,7 @@ class _Stream(Dataset):
         said = self._said(wanted, rng)
         if not said and wanted:
             raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "no text has words once it is cleaned")
-        return _Sample(record, source or record.source, to_tensor(seen.image), said)
+        return _Sample(place, record, source or record.source, to_tensor(seen.image), said)
 
     def _find(self, source: str, index: int) -> tuple[Shards, int]:
         """The folder that holds a sample of a source, and the sample's number in it."""
@@ -405,6 +415,7 @@ class _Stream(Dataset):
             ids=tuple(sample.record.id for sample in samples),
             skipped=skipped,
             seen=dict(seen),
+            places=torch.tensor([sample.place for sample in samples]),
         )
 
 

@@ -118,7 +118,7 @@ class XVLM(nn.Module):
             of: which text each question is about; text ``q`` if not given.
             only: the words whose states are wanted (all if not given); the last layer is computed for them alone.
             keep_map: number of the cross layer whose attention, (token, head, 1 + patch) with gradient, is kept in
-                ``cross.layers[n].cross_attention.map``.
+                ``cross.layers[n].cross_attention`` until ``take_map()``.
         """
         return self.cross(words, concepts, about, of, only, keep_map=keep_map)
 
