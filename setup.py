@@ -25,6 +25,7 @@ setup(
         "transformers>=5.0",
         "accelerate>=1.10",
         "webdataset>=1.0",
+        "braceexpand>=0.1.7",
         "einops>=0.8",
         "pycocotools>=2.0.8",
         "pydantic>=2.8",

@@ -135,11 +135,13 @@ def finished(config: PretrainRun) -> bool:
 
 
 def prepare(config: PretrainRun) -> None:
-    """The run folder and, where there is a corpus, its shards."""
+    """The run folder, the shards of a corpus, and the indexes of tars that have none."""
     train.claim(config.out, config)
     probe.note_commit(config.out)
     if config.corpus is not None:
         pack(config.corpus)
+    for stream in filter(None, config.streams.values()):
+        pretrain.locate(stream)
 
 
 def uses_all_heads(config: PretrainRun) -> bool:
@@ -197,7 +199,8 @@ def dry(config: PretrainRun) -> PretrainRun:
     streams = {
         name: stream.model_copy(
             update={
-                "shards": [out / "shards/train"],
+                "shards": [str(out / "shards/train")],
+                "sources": None,
                 "images": 4 * distributed.world().size * config.train.accumulate,
                 "kinds": ["region"],
             }

@@ -80,6 +80,18 @@ def test_scenes_are_packed_and_shown(tmp_path):
     assert min(Image.open(sheet).size) > 128
 
 
+def test_tars_are_indexed_and_then_shown_like_packed_ones(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where what is fetched is kept by default
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--limit", 4)
+    (tmp_path / "shards/train/index.json").unlink()
+    tars, index = f"pipe:cat {tmp_path}/shards/train/{{000000..000000}}.tar", tmp_path / "index"
+    printed = lines_of("data", "index", tars, "--out", index, "--cache", tmp_path / "cache")
+    assert printed[-1] == f"{index}: 4 records in 1 tars"
+    lines_of("data", "show", tmp_path / "index", "--out", tmp_path / "sheet.png", "--count", 4)
+    assert (tmp_path / "sheet.png").stat().st_size
+    assert "cannot be fetched" in error_of(monkeypatch, "data", "index", "pipe:false", "--out", tmp_path / "other")
+
+
 def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_path):
     phrases, drawn = ["the small red disc", "a star"], tmp_path / "drawn.png"
     *found, written = lines_of("ground", picture, *phrases, "--model", folder, "--out", drawn)

@@ -10,15 +10,18 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
 from xvlm.config import ConfigError, load_config
 from xvlm.data import pretrain
+from xvlm.data.mixture import Mixture
 from xvlm.data.pretrain import StreamConfig, loader, mentions, records
 from xvlm.data.processor import Processor, ProcessorConfig, decode_image
 from xvlm.data.records import Object, Phrase, Record, Region
-from xvlm.data.shards import Shards, write_shards
+from xvlm.data.shards import Index, Shards, write_shards
 from xvlm.data.words import WordMasking
 from xvlm.types import Batch
 
@@ -157,6 +160,54 @@ def test_an_epoch_may_end_within_a_batch(folders, processor):
     assert set(Counter(ids).values()) == {2}
 
 
+def tiny(folder: Path, sizes: list[int], name: str) -> Path:
+    """A packed folder with shards of these sizes, of images of a few pixels."""
+    image = encoded(Image.new("RGB", (4, 4)))
+    plain = {"source": "made", "width": 4, "height": 4, "captions": ["a"]}
+    made = [(Record(id=f"{name}{i}", **plain), image) for i in range(sum(sizes))]
+    for n, size in enumerate(sizes):
+        write_shards(made[:size], folder / str(n), progress=False)
+        made = made[size:]
+    parts = [Index.model_validate_json((folder / f"{n}/index.json").read_bytes()) for n in range(len(sizes))]
+    shards = [part.shards[0].model_copy(update={"file": f"{n}/000000.tar"}) for n, part in enumerate(parts)]
+    (folder / "index.json").write_text(Index(counts={"records": sum(sizes)}, shards=shards).model_dump_json())
+    return folder
+
+
+def read_by_all(config: StreamConfig, processor, world: int, batches_of: range) -> list[str]:
+    """Ids in the order of the run: batch by batch, process by process."""
+    readers = [
+        batches(config, processor, len(batches_of), start=batches_of.start, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    assert all(batch.ids for reader in readers for batch in reader)
+    return [name for step in zip(*readers, strict=True) for batch in step for name in batch.ids]
+
+
+@settings(deadline=None, max_examples=12)
+@given(data=st.data())
+def test_uneven_shards_are_read_once_an_epoch_by_any_number_of_processes(tmp_path_factory, processor, data):
+    """Also where a run is continued on another number of them, and with fewer shards than processes."""
+    parent = tmp_path_factory.mktemp("uneven")
+    shapes = data.draw(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=5), min_size=1, max_size=3))
+    folders = [tiny(parent / str(n), sizes, f"{n}-") for n, sizes in enumerate(shapes)]
+    total = sum(map(sum, shapes))
+    images = data.draw(st.sampled_from([12, 24]))  # by 1, 2, 3, 4 and 6
+    config = stream(folders, "caption", images=images, augment=STILL)
+    steps = -(-2 * total // images)
+    worlds = [data.draw(st.sampled_from([1, 2, 3, 4, 6])) for _ in range(2)]
+    workers = data.draw(st.sampled_from([0, 0, 0, 2]))
+    changed = data.draw(st.integers(0, steps))
+    ids = read_by_all(config, processor, worlds[0], range(changed))
+    config = config.model_copy(update={"workers": workers})
+    ids += read_by_all(config, processor, worlds[1], range(changed, steps))
+    epochs = ids[:total], ids[total : 2 * total]
+    everything = {f"{n}-{i}" for n, sizes in enumerate(shapes) for i in range(sum(sizes))}
+    assert all(len(epoch) == len(everything) and set(epoch) == everything for epoch in epochs)
+    alone = read_by_all(config.model_copy(update={"workers": 0}), processor, 1, range(steps))
+    assert ids == alone
+
+
 def test_later_epochs_see_a_sample_otherwise(folders, processor):
     config = stream(folders[1:], "caption", images=4)
     first, second = batches(config, processor, 2)
@@ -168,6 +219,41 @@ def test_later_epochs_see_a_sample_otherwise(folders, processor):
 def test_what_cannot_be_divided_is_refused_at_once(folders, processor, name, options):
     with pytest.raises(ValueError, match=f"{name}: . cannot be divided among 2 processes"):
         loader(stream(folders, **{"images": 4} | options), processor, None, seed=0, start=0, world=2)
+
+
+# Mixtures.
+
+
+def mixed(folders, **more) -> StreamConfig:
+    sources = {
+        "green": {"shards": folders[:1], "kinds": ["region"], "weight": 3},
+        "blue": {"shards": folders, "kinds": ["object"]},
+    }
+    return StreamConfig(sources=sources, grain="region", augment=STILL, **{"images": 8, "workers": 0} | more)
+
+
+def test_sources_are_mixed_by_weight_and_counted_by_kind(folders, processor):
+    read = batches(mixed(folders, with_caption=False), processor, 10)
+    seen = sum((Counter(batch.seen) for batch in read), Counter())
+    assert seen == {"green/images": 60, "green/regions": 60, "blue/images": 20, "blue/objects": 20}
+    assert {text for batch in read for text in said(batch)} == {"green", "a green square", "blue square", "flat square"}
+    ids = Counter(name for batch in read for name in batch.ids)
+    assert {ids[f"made{i}"] for i in range(10)} <= {7, 8} and {ids[f"other{i}"] for i in range(4)} <= {1, 2}
+
+
+def test_mixed_batches_do_not_depend_on_workers_processes_or_start(folders, processor):
+    whole = batches(mixed(folders), processor, 4)
+    helped = batches(mixed(folders, workers=2), processor, 2, start=2)
+    assert all(same(a, b) for a, b in zip(whole[2:], helped, strict=True))
+    parts = [batches(mixed(folders), processor, 1, start=3, rank=rank, world=4)[0] for rank in range(4)]
+    assert whole[3].ids == sum((part.ids for part in parts), ())
+    assert torch.equal(whole[3].images, torch.cat([part.images for part in parts]))
+
+
+@pytest.mark.parametrize("given", [{}, {"shards": ["a"], "sources": {"b": {"shards": ["b"]}}}, {"sources": {}}])
+def test_shards_or_sources_are_given(given):
+    with pytest.raises(ValidationError, match=r"either shards .* or sources"):
+        StreamConfig(grain="caption", images=1, **given)
 
 
 # Captions.
@@ -183,7 +269,7 @@ def test_caption_batches(folders, processor):
     assert batch.regions.whole.all()
     assert batch.regions.boxes_cxcywh.tolist() == [[0.5, 0.5, 1.0, 1.0]] * 14
     assert batch.regions.boxes_xywh.tolist() == [[0.0, 0.0, 32.0, 24.0]] * 14
-    assert batch.sources == {"made": 10, "other": 4}
+    assert batch.seen == {"made/images": 10, "made/captions": 10, "other/images": 4, "other/captions": 4}
     assert batch.skipped == ()
     for image, name in zip(batch.images, batch.ids, strict=True):
         expected = processor.pixel_values(decode_image(made(int(name[-1]))[1]))
@@ -259,7 +345,7 @@ def test_a_cap_drops_texts_at_random_without_repeating_any(folders, processor):
     )
     assert len(said(everything)) == 14 * 4
     assert len(said(capped)) == 20
-    assert sum(capped.sources.values()) == 20
+    assert sum(n for what, n in capped.seen.items() if not what.endswith("/images")) == 20
     assert len(capped.ids) > 20 / 4  # not simply the first
     assert set(capped.regions.image.tolist()) == set(range(len(capped.ids)))  # no image without a text
     pairs = Counter(zip([capped.ids[i] for i in capped.regions.image], said(capped), strict=True))
@@ -290,7 +376,7 @@ def test_attributes_come_before_the_label():
     record = Record(id="r", source="s", width=9, height=9, objects=[thing])
 
     def texts(attributes):
-        return {mentions(record, ["object"], attributes, Random(seed))[0][0] for seed in range(200)}
+        return {mentions(record, ["object"], attributes, Random(seed))[0][1] for seed in range(200)}
 
     assert texts("one") == {"big dog", "old dog", "wet dog"}
     assert texts("all") == {"big old wet dog"}
@@ -301,7 +387,8 @@ def test_phrases_have_the_box_around_all_of_theirs():
     boxes = [(1.5, 2.0, 3.0, 8.0), (2.0, 1.0, 5.25, 4.0)]
     phrases = [Phrase(caption=0, start=0, end=8, boxes_xyxy=boxes), Phrase(caption=0, start=9, end=12)]
     record = Record(id="r", source="s", width=9, height=9, captions=["two dogs run"], phrases=phrases)
-    assert mentions(record, ["region", "object", "phrase"], "one", Random(0)) == [("two dogs", (1.5, 1.0, 5.25, 8.0))]
+    found = [("phrase", "two dogs", (1.5, 1.0, 5.25, 8.0))]
+    assert mentions(record, ["region", "object", "phrase"], "one", Random(0)) == found
     assert mentions(record, ["region", "object"], "one", Random(0)) == []
 
 
@@ -375,6 +462,41 @@ def test_broken_samples_are_left_out_and_named(tmp_path, processor, grain, worke
     assert "the record has no" in reasons["s/000000.tar/silent"]
     assert "no text has words" in reasons["s/000000.tar/dots"]
     assert "not a record" in reasons["s/000000.tar/garbled"]
+
+
+def test_a_process_is_left_with_the_next_sample_that_can_be_used(tmp_path, processor):
+    """So that every process has a batch; what is broken is named once, when its turn comes."""
+    good = {f"made{i}" for i in range(3)}
+    config = stream([with_broken(tmp_path / "s", good=3)], images=2)
+    order = Mixture({"": [8]}, {"": 1.0}, seed=0)
+    names = [Shards(tmp_path / "s").key(order.at(position)[2]) for position in range(40)]
+    for rank in (0, 1):
+        mine = names[rank::2]
+        for n, batch in enumerate(batches(config, processor, 8, rank=rank, world=2)):
+            assert batch.ids == (next(name for name in mine[n:] if name in good),)
+            assert [line.split(":")[0].split("/")[-1] for line in batch.skipped] == [mine[n]] * (mine[n] not in good)
+        turns = loader(config, processor, WordMasking(), seed=0, start=0, rank=0, world=1, turns=2)
+        found = [batch.ids for batch in islice(turns, 16)][rank::2]
+        assert found == [batch.ids for batch in batches(config, processor, 8, rank=rank, world=2)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_that_are_cut_or_go_while_they_are_read_cost_their_samples_only(tmp_path, processor, workers):
+    write_shards((made(i) for i in range(12)), tmp_path / "s", samples_per_shard=3, progress=False)
+    opened = loader(stream([tmp_path / "s"], images=12, workers=workers), processor, None, seed=0, start=0)
+    shards = Shards(tmp_path / "s")
+    (tmp_path / "s/000001.tar").unlink()
+    with (tmp_path / "s/000002.tar").open("r+b") as file:
+        file.truncate(int(shards._extents[7, 0]) + 10)  # within the second image of three
+    lost = {f"made{i}" for i in (3, 4, 5, 7, 8)}
+    for batch in islice(opened, 3):
+        assert sorted(batch.ids) == sorted({f"made{i}" for i in range(12)} - lost)
+        reasons = dict(line.removeprefix("s/").split(": ", 1) for line in batch.skipped)
+        assert {place.split("/")[1] for place in reasons} == lost
+        assert all(
+            ("cannot be read" if place.startswith("000001") else "the shard ends early") in reason
+            for place, reason in reasons.items()
+        )
 
 
 def test_too_many_skipped_samples_end_the_run(tmp_path, processor):

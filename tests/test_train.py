@@ -310,6 +310,19 @@ def test_a_run_folder_belongs_to_one_configuration(tmp_path):
         train.claim(tmp_path / "run", RunConfig(steps=4, optim=OptimConfig(lr=0.1)))
 
 
+def test_a_run_may_go_on_with_other_workers_and_another_rhythm(tmp_path):
+    class Run(Configured):
+        train: train.TrainConfig
+
+    def claim(**changes):
+        train.claim(tmp_path / "run", Run(train=changes))
+
+    claim(save_every=3)
+    claim(save_every=5, keep=7, log_every=2, trackers=["tensorboard"])
+    with pytest.raises(ConfigError, match=r"\(train.seed was 0, is now 1\)"):
+        claim(save_every=5, seed=1)
+
+
 def test_a_log_line_cut_short_is_left_out(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
     assert runlog.read_log(tmp_path) == [{"step": 1}]

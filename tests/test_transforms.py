@@ -86,6 +86,42 @@ def test_the_box_follows_what_moves_pixels(seed, box_xyxy):
     assert found[0] >= left - 1.5 and found[1] >= top - 1.5 and found[2] <= right + 1.5 and found[3] <= bottom + 1.5
 
 
+@pytest.mark.parametrize("crop", ["none", "random_resized", "keep_box"])
+@settings(deadline=None, max_examples=40)
+@given(picture=pictures(), seed=st.integers(0, 2**32))
+def test_masks_follow_what_they_are_drawn_on(crop, picture, seed):
+    """A disc, which unlike its box says which way it was turned; a second box has none of it."""
+    width, height, box = picture
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    centre = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    radii = (box[2] - box[0]) / 2, (box[3] - box[1]) / 2
+    disc = ((columns - centre[0]) / radii[0]) ** 2 + ((rows - centre[1]) / radii[1]) ** 2 <= 1
+    image = Image.fromarray(np.where(disc[..., None], [255, 0, 0], [0, 0, 255]).astype(np.uint8))
+    masks = torch.from_numpy(np.stack([disc, np.zeros_like(disc)]))
+    boxes_xyxy = torch.tensor([box, (0, 0, width, height)]).float()
+    with mock.patch.object(transforms, "COLOUR", ("identity", "brightness")):  # the others colour the grey fill
+        config = AugmentConfig(crop=crop, scale=(0.5, 1.0))
+        seen = augment(image, boxes_xyxy, [], 0, config, SIZE, Random(seed), masks=masks)
+    assert seen.masks.shape == (len(seen.kept), *SIZE)
+    pixels = torch.from_numpy(np.array(seen.image).astype(int))
+    red = pixels[..., 0] - pixels[..., 2] > 0
+    for i, mask in zip(seen.kept, seen.masks, strict=True):
+        if i == 0:
+            assert not (mask & ~around(red)).any() and not (red & ~around(mask)).any()
+        else:
+            assert not mask.any()
+
+
+def around(mask: torch.Tensor) -> torch.Tensor:
+    """The mask and two pixels more on every side."""
+    return torch.nn.functional.max_pool2d(mask[None].float(), 5, 1, 2)[0] > 0
+
+
+def test_without_masks_there_are_none():
+    seen = augment(Image.new("RGB", (9, 9)), torch.zeros(0, 4), [], None, AugmentConfig(), SIZE, Random(0))
+    assert seen.masks is None
+
+
 def test_a_box_that_is_moved_out_of_the_image_is_dropped():
     config = AugmentConfig(crop="none", hflip=0.0, randaugment="full")
     edge = torch.tensor([[0.0, 20.0, 10.0, 40.0], [30.0, 20.0, 40.0, 40.0]])
@@ -140,7 +176,7 @@ def test_colours_move_nothing(kind):
     image, changed = Image.linear_gradient("L").convert("RGB").resize((40, 30)), 0
     for seed in range(60):
         after, moved = transforms.randaugment(image, kind, Random(seed))
-        assert moved is None
+        assert moved == []
         changed += after.tobytes() != image.tobytes()
     assert (changed > 0) == (kind == "colour")
 
@@ -223,6 +259,7 @@ def test_random_crops_have_the_area_and_aspect_asked_for():
         ("Right-hand side, bright light", "Left-hand side, bright light"),
         ("leftover copyright on the right.", "leftover copyright on the left."),
         ("a left, a right", "a right, a left"),
+        ("on the lefthand side, facing rightwards", "on the righthand side, facing leftwards"),
     ],
 )
 def test_sides_are_swapped_as_whole_words(text, swapped):

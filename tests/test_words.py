@@ -182,6 +182,25 @@ def test_any_fast_tokenizer_will_do():
         Processor(ProcessorConfig(end_token=True), tokenizer)
 
 
+@pytest.mark.parametrize("spaces", ["split before", "never split"])
+def test_words_end_at_spaces_whatever_the_tokenizer_calls_a_word(spaces):
+    """Sentence pieces, with the space in them; some families split at spaces first, some not at all."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", "<pad>", "<mask>", "<unk>", "▁", *"adefghimnoprst", "▁man", "▁ri", "ding", "dogs"]
+    split = Tokenizer(models.Unigram([(piece, -1.0 - (len(piece) == 1)) for piece in pieces], unk_id=3))
+    if spaces == "split before":
+        split.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        split.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = {"cls_token": "<s>", "pad_token": "<pad>", "mask_token": "<mask>", "unk_token": "<unk>"}
+    processor = Processor(ProcessorConfig(), PreTrainedTokenizerFast(tokenizer_object=split, **special))
+    ids, continues = processor.encode("A man riding dogs")
+    assert [pieces[i] for i in ids] == ["<s>", "▁", "a", "▁man", "▁ri", "ding", "▁", "dogs"]
+    assert continues == [False, False, True, False, False, True, False, True]
+
+
 # To disk and back.
 
 
@@ -210,6 +229,24 @@ def test_a_bare_vocabulary_file_is_a_tokenizer(tmp_path):
     assert processor.encode("A man riding")[0] == [2, 5, 6, 7, 8]
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json or a vocab\.txt"):
+        Processor.from_tokenizer(tmp_path, ProcessorConfig())
+
+
+def test_a_folder_of_another_family_is_read_by_its_configuration(tmp_path):
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ", *"amns", "Ġm", "Ġma", "Ġman"]
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nĠ m\nĠm a\nĠma n\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer", "add_prefix_space": true}')
+    processor = Processor.from_tokenizer(tmp_path, ProcessorConfig(end_token=True))
+    ids, continues = processor.encode("man mans")
+    assert [pieces[i] for i in ids] == ["<s>", "Ġman", "Ġman", "s", "</s>"]
+    assert continues == [False, False, False, True, False]
+    assert processor.mask_id == 4
+
+
+def test_files_that_make_no_tokenizer_are_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}: no tokenizer can be made of its files \(BertTokenizer\)"):
         Processor.from_tokenizer(tmp_path, ProcessorConfig())
 
 

@@ -290,6 +290,21 @@ def data_schema() -> None:
     typer.echo(json.dumps(Record.model_json_schema(), indent=2))
 
 
+@data.command("index")
+def data_index(
+    tars: Annotated[list[str], typer.Argument(help="Paths, URLs or pipe: commands; {000..099} and * for many.")],
+    out: Annotated[Path, typer.Option(help="The index goes to this folder, which then counts as packed.")],
+    cache: Annotated[Path, typer.Option(help="What is fetched is kept here.")] = Path("~/.cache/xvlm"),
+    gigabytes: Annotated[float, typer.Option(help="How much is kept; what was not read for longest goes.")] = 50.0,
+) -> None:
+    """Make tars of others (webdataset's layout) readable like packed ones."""
+    from xvlm.data.cache import Cache
+    from xvlm.data.tars import expand, write_index
+
+    index = write_index(expand(tars), out, Cache(folder=cache, gigabytes=gigabytes))
+    typer.echo(f"{out}: {index.counts['records']} records in {len(index.shards)} tars")
+
+
 @data.command("show")
 def data_show(
     shards: Annotated[Path, typer.Argument(help="A folder of shards.")],

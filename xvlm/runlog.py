@@ -5,7 +5,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,20 +24,23 @@ from xvlm.types import Batch
 class Log:
     """Averages over all processes since the last line, to ``log.jsonl``, to the trackers and to the bar.
 
-    ``skipped`` counts the broken samples of the whole run, those before an interruption included.
+    ``seen`` counts images and texts by stream, source and kind, and ``skipped`` the broken samples, over the whole run,
+    those before an interruption included.
     """
 
-    def __init__(self, out: Path, accelerator: Accelerator, step: int, *, every: int, last: int):
+    def __init__(
+        self, out: Path, accelerator: Accelerator, step: int, seen: Mapping[str, int], *, every: int, last: int
+    ):
         self.accelerator, self.every, self.last = accelerator, every, last
         self.path = out / "log.jsonl"
         self.before, self.begun = seconds_so_far(out, step), time.perf_counter()
         self._reset()
-        self.skipped = 0  # by this process; the first also carries what was skipped before the run was continued
+        # By this process; the first also carries what was seen before the run was continued.
+        self.seen = Counter(seen if accelerator.is_main_process else {})
         if accelerator.log_with:
             accelerator.init_trackers(out.name)
         if accelerator.is_main_process:
-            kept = _cut(self.path, step)
-            self.skipped = kept[-1]["skipped"] if kept else 0
+            _cut(self.path, step)
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -47,11 +51,12 @@ class Log:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
-        for batch in (batch for part in parts for batch in part.values()):
+        for stream, batch in (each for part in parts for each in part.items()):
             self.images += len(batch.images)
             self.texts += len(batch.texts.ids)
+            self.seen.update({f"{stream}/{what}": n for what, n in batch.seen.items()})
+            self.seen.update({"skipped": len(batch.skipped)})
             for skipped in batch.skipped:
-                self.skipped += 1
                 tqdm.write(f"skipped {skipped}")
         self.waited += waited
 
@@ -65,20 +70,24 @@ class Log:
         if step % self.every == 0 or step == self.last:
             means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
             counts = {"images_per_s": self.images / seconds, "texts_per_s": self.texts / seconds}
-            counts |= {"skipped": self.skipped}
             parts = distributed.gather_objects((means, counts, _peak_memory(self.accelerator.device)))
+            seen = self.seen_by_all()
             line = {"step": step, "lr": lr}
             line |= {name: sum(part[name] for part, _, _ in parts) / len(parts) for name in means}
             line |= {name: sum(part[name] for _, part, _ in parts) for name in counts}
             line |= {"memory_gb": max(memory for _, _, memory in parts) / 1e9}  # of the process that had most
             if self.accelerator.scaler is not None:
                 line |= {"loss_scale": self.accelerator.scaler.get_scale()}
-            line |= {"waiting_for_data": self.waited / seconds}
+            line |= {"skipped": seen.pop("skipped", 0), "waiting_for_data": self.waited / seconds}
             line |= {"seconds": self.before + time.perf_counter() - self.begun}
             if self.accelerator.is_main_process:
-                _append(self.path, line)
-            self.accelerator.log(line, step=step)
+                _append(self.path, line | {"seen": seen})
+            self.accelerator.log(line | {f"seen/{what}": n for what, n in seen.items()}, step=step)
             self._reset()
+
+    def seen_by_all(self) -> dict[str, int]:
+        """What all processes have seen together; every one of them must ask."""
+        return dict(sum(distributed.gather_objects(self.seen), Counter()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,11 +18,16 @@ def states(out: Path) -> list[Path]:
     return sorted((out / "state").glob("[0-9]*"), reverse=True) if (out / "state").is_dir() else []
 
 
-def restore(out: Path, engine: Engine) -> tuple[int, dict[str, int]] | None:
-    """Continue from the newest state that every process can read.
+class Progress(NamedTuple):
+    """How far a run has come: steps, the updates read from each stream, and what was seen in them."""
 
-    Returns:
-        The step and the position in each stream; None where there is no state yet.
+    step: int
+    positions: dict[str, int]
+    seen: dict[str, int]
+
+
+def restore(out: Path, engine: Engine) -> Progress | None:
+    """Continue from the newest state that every process can read; None where there is no state yet.
 
     Raises:
         ValueError: there are states, but none can be read.
@@ -36,16 +42,16 @@ def restore(out: Path, engine: Engine) -> tuple[int, dict[str, int]] | None:
             continue
         engine.load(saved)
         engine.load_own(state)
-        return saved["step"], saved["positions"]
+        return Progress(saved["step"], saved["positions"], saved["seen"])
     if states(out):
         raise ValueError(f"{out / 'state'}: none of the states can be read; remove the folder to train from the start")
     return None
 
 
-def save(out: Path, step: int, positions: dict[str, int], engine: Engine, keep: int) -> None:
+def save(out: Path, progress: Progress, engine: Engine, keep: int) -> None:
     """Write a state beside its final place and move it there in one step; older ones go only afterwards."""
-    saved = {"step": step, "positions": positions} | engine.state()
-    folder, unfinished = out / "state" / f"{step:08d}", out / "state" / ".unfinished"
+    saved = progress._asdict() | engine.state()
+    folder, unfinished = out / "state" / f"{progress.step:08d}", out / "state" / ".unfinished"
     if distributed.world().rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

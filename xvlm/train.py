@@ -34,9 +34,12 @@ from xvlm.config import ConfigError, Configured, dump_config, parse_yaml
 from xvlm.engine import Engine
 from xvlm.optim import OptimConfig, lr_factor, set_lr
 from xvlm.runlog import Best, Log, Validation
+from xvlm.states import Progress
 from xvlm.types import Batch
 
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
+# Fields, by the end of their names, that a run may be continued with other values of: they change nothing it learns.
+FREE = (".workers", ".cache.folder", ".cache.gigabytes", ".save_every", ".keep", ".log_every", ".trackers")
 
 # A stream of batches from the given update on. An update reads as many as take turns (``TrainConfig.accumulate``).
 Open = Callable[[int], Iterator[Batch]]
@@ -103,7 +106,7 @@ def make_accelerator(config: TrainConfig, out: Path, *, all_heads: bool = False)
 
 
 def claim(out: Path, config: Configured) -> None:
-    """Make a run folder, or check that it belongs to this very configuration.
+    """Make a run folder, or check that it belongs to this very configuration, apart from what is ``FREE``.
 
     Raises:
         ConfigError: the folder holds a run of another configuration; names the keys that differ.
@@ -114,7 +117,7 @@ def claim(out: Path, config: Configured) -> None:
         differ = [
             f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
+            if before.get(key) != now.get(key) and not key.endswith(FREE)
         ]
         if differ:
             raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(differ)}); choose another out=")
@@ -153,10 +156,14 @@ def fit(
     task.train()
     economies = {"checkpoint": config.gradient_checkpointing, "compile": config.compile}
     engine = Engine(task, optim, accelerator, fresh=fresh, ema=config.ema, **economies)
-    begun, positions = states.restore(out, engine) or (0, dict.fromkeys(streams, 0))
+    if engine.deepspeed and config.accumulate > 1:
+        raise ConfigError(
+            "train.accumulate: DeepSpeed updates the weights after every backward pass"
+        )
+    begun, positions, seen = states.restore(out, engine) or Progress(0, dict.fromkeys(streams, 0), {})
     step = begun
     opened: dict[str, Iterator[Batch]] = {}
-    log = Log(out, accelerator, step, every=config.log_every, last=config.steps)
+    log = Log(out, accelerator, step, seen, every=config.log_every, last=config.steps)
     best = None if validation is None or config.validate_every is None else Best(out, accelerator, step, config.best)
     stop = _StopRequest()
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_main_process)
@@ -184,7 +191,7 @@ def fit(
                     best.validate(step, validation)
             stopping = stop.due(step) and stop.requested()
             if step % config.save_every == 0 or step == config.steps or stopping:
-                states.save(out, step, positions, engine, config.keep)
+                states.save(out, Progress(step, positions, log.seen_by_all()), engine, config.keep)
             if profiler is not None:
                 profiler.step()
             if stopping and step < config.steps:

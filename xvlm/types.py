@@ -50,6 +50,7 @@ class Regions(Movable):
 class Batch(Movable):
     """Images and the texts about them. ``ids`` name the records (image by image), ``skipped`` the broken ones.
 
+    ``seen`` counts images and texts by source and kind: ``coco/images``, ``coco/captions``, ``coco/objects``.
     ``places`` are the images' places in the order of the whole run: the same on any number of processes.
     """
 
@@ -59,7 +60,7 @@ class Batch(Movable):
     masked: Masked | None = None
     ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
-    sources: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
     places: Int[Tensor, "image"] | None = None
 
 

@@ -8,35 +8,41 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from xvlm.boxes import merge
 from xvlm.config import Configured
+from xvlm.data import tars
+from xvlm.data.cache import Cache
+from xvlm.data.mixture import Mixture
 from xvlm.data.processor import Processor, decode_image, to_tensor
 from xvlm.data.records import Box, Object, Record
-from xvlm.data.shards import BrokenSample, Shards, epoch_order
+from xvlm.data.shards import BrokenSample, Shards
 from xvlm.data.transforms import AugmentConfig, augment, targets
 from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch, Masked, Regions
 
 Grain = Literal["caption", "region"]
 Kind = Literal["region", "object", "phrase", "expression"]
+Kinds = Annotated[list[Kind], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+Entries = Annotated[list[Annotated[str, BeforeValidator(str)]], Field(min_length=1)]
 
 SHARE_NEEDS = 200  # samples before the share of skipped ones says anything
 NAMED = 20  # skipped samples that an error names
+STAND_INS = 200  # samples that are tried for a batch of which nothing is left
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +51,20 @@ class UnusableData(RuntimeError):
     """Too many samples cannot be used; the message names them."""
 
 
+class SourceConfig(Configured):
+    """A source of a mixture, with epochs of its own."""
+
+    shards: Entries
+    weight: Annotated[float, Field(gt=0)] = 1.0  # of its images, beside those of the other sources
+    kinds: Kinds | None = None  # null: the stream's
+
+
 class StreamConfig(Configured):
     """One stream of batches. Of ``augment``, a region stream has its own defaults: keep_box, colour."""
 
-    shards: Annotated[list[Path], Field(min_length=1)]  # folders; read as one
+    shards: Entries | None = None  # packed folders, or tars: see xvlm/data/tars.py; read as one
+    sources: dict[str, SourceConfig] | None = None  # instead of `shards`: several, mixed by weight
+    cache: Cache = Cache()  # of tars that come from URLs and pipes
     grain: Grain
     images: Count  # of an update, over all processes
     max_regions: Count = 5  # texts of an image; its captions are among them, and come first
@@ -56,12 +72,23 @@ class StreamConfig(Configured):
     with_caption: bool = True  # in a region stream: what is said about the whole image too, where there is something
     captions: Literal["any", "first"] = "any"  # which of a record's captions; the first of a scene is complete
     max_captions: Count = 1  # of an image
-    kinds: Annotated[list[Kind], Field(min_length=1)] = ["region", "object", "phrase", "expression"]
+    kinds: Kinds = ["region", "object", "phrase", "expression"]
     # adjectives before an object's label: one at random (X-VLM), all, or each with probability 1/2
     attributes: Literal["one", "all", "some"] = "one"
     augment: AugmentConfig = AugmentConfig()
     workers: Annotated[int, Field(ge=0)] = 2
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+    @model_validator(mode="after")
+    def shards_or_sources(self) -> "StreamConfig":
+        if (self.shards is None) == (not self.sources):
+            raise ValueError("give either shards (read as one) or sources (mixed by weight); the other one is null")
+        return self
+
+    @property
+    def mixture(self) -> dict[str, SourceConfig]:
+        """The sources by name; ``shards`` are one source without a name."""
+        return self.sources or {"": SourceConfig(shards=self.shards)}
 
     @model_validator(mode="after")
     def captions_leave_room_for_regions(self) -> "StreamConfig":
@@ -82,6 +109,13 @@ class StreamConfig(Configured):
         return values | {"augment": {"crop": "keep_box", "randaugment": "colour"} | given}
 
 
+def locate(config: StreamConfig) -> dict[str, list[Path]]:
+    """The packed folders of each source; tars without an index get one: see :func:`xvlm.data.tars.locate`."""
+    return {
+        name: [tars.locate(entry, config.cache) for entry in source.shards] for name, source in config.mixture.items()
+    }
+
+
 def loader(
     config: StreamConfig,
     processor: Processor,
@@ -95,9 +129,10 @@ def loader(
 ) -> Iterator[Batch]:
     """Batches without end, from batch ``start`` of the run on.
 
-    Batch n holds samples n * images to (n + 1) * images of the epochs laid end to end; each process has its part of
-    them, as ``turns`` batches one after the other. A sample that cannot be used is left out and named in
-    ``Batch.skipped``.
+    Batch n holds samples n * images to (n + 1) * images of the epochs laid end to end (of a mixture: see
+    :class:`Mixture`); each process has its part of them, as ``turns`` batches one after the other. A sample that cannot
+    be used is left out and named in ``Batch.skipped``. Where that leaves nothing, the next sample of the same turn that
+    can be used stands in, so that every process has a batch whenever the others have one.
 
     Args:
         masking: None leaves ``Batch.masked`` out.
@@ -107,8 +142,8 @@ def loader(
 
     Raises:
         ValueError: ``images`` or ``max_texts`` cannot be divided among the processes and their turns.
-        FileNotFoundError: see :class:`Shards`.
-        UnusableData: (while reading) a batch without any usable sample, or too many skipped; names them.
+        OSError: see :class:`Shards` and :func:`locate`.
+        UnusableData: (while reading) a batch for which no usable sample is found, or too many skipped; names them.
     """
     for name in ("images", "max_texts"):
         if (getattr(config, name) or 0) % (world * turns):
@@ -122,6 +157,7 @@ def loader(
         num_workers=config.workers,
         collate_fn=_as_it_is,
         worker_init_fn=_leave_interrupts_to_the_parent,
+        generator=torch.Generator(),  # else opening a stream draws from the run's, whose dropout then depends on when
     )
     return _watched(batches, config.max_skipped_share, config.images // (world * turns))
 
@@ -152,7 +188,10 @@ def _watched(batches: "DataLoader[Batch | _Unusable]", max_share: float, images:
                 f"{lost} of {seen} samples were skipped, more than max_skipped_share={max_share}:\n" + "\n".join(named)
             )
         if isinstance(batch, _Unusable):
-            raise UnusableData("no sample of a batch has a text that can be used:\n" + "\n".join(batch.skipped))
+            raise UnusableData(
+                f"no sample of a batch, nor of the {STAND_INS} after it, has a text that can be used:\n"
+                + "\n".join(batch.skipped)
+            )
         yield batch
 
 
@@ -161,19 +200,20 @@ def _watched(batches: "DataLoader[Batch | _Unusable]", max_share: float, images:
 
 @dataclass(frozen=True)
 class _Said:
-    """One text as ids, with its words hidden, and where in the image it is: pixels, whole image or not."""
+    """One text as ids, with its words hidden, what kind it is, and where in the image: pixels."""
 
     ids: list[int]
     masked: list[int]
     hidden: list[bool]
+    kind: Literal["caption", Kind]
     box_xywh: list[float]
-    whole: bool
 
 
 @dataclass(frozen=True)
 class _Sample:
     place: int  # in the order of the run
     record: Record
+    source: str
     pixels: UInt8[Tensor, "3 height width"]
     said: list[_Said]
 
@@ -198,21 +238,21 @@ def read_image(shards: Shards, i: int) -> tuple[Record, Image.Image]:
 
 def mentions(
     record: Record, kinds: Sequence[Kind], attributes: Literal["one", "all", "some"], rng: Random
-) -> list[tuple[str, Box]]:
-    """Texts about parts of an image with their boxes (``xyxy``): a region, object, phrase or expression each."""
-    found: list[tuple[str, Box]] = []
+) -> list[tuple[Kind, str, Box]]:
+    """What kind of text about a part of an image, the text, and its box (``xyxy``)."""
+    found: list[tuple[Kind, str, Box]] = []
     if "region" in kinds:
-        found += [(rng.choice(region.descriptions), region.box_xyxy) for region in record.regions]
+        found += [("region", rng.choice(region.descriptions), region.box_xyxy) for region in record.regions]
     if "object" in kinds:
-        found += [(_object_text(thing, attributes, rng), thing.box_xyxy) for thing in record.objects]
+        found += [("object", _object_text(thing, attributes, rng), thing.box_xyxy) for thing in record.objects]
     if "phrase" in kinds:
         for phrase in record.phrases:
             if phrase.boxes_xyxy:
                 text = record.captions[phrase.caption][phrase.start : phrase.end]
                 around = merge(torch.tensor(phrase.boxes_xyxy, dtype=torch.float64)).tolist()
-                found.append((text, tuple(around)))
+                found.append(("phrase", text, tuple(around)))
     if "expression" in kinds:
-        found += [(said.text, said.box_xyxy) for said in record.expressions if said.box_xyxy is not None]
+        found += [("expression", said.text, said.box_xyxy) for said in record.expressions if said.box_xyxy is not None]
     return found
 
 
@@ -248,68 +288,89 @@ class _Stream(Dataset):
     ):
         self.config, self.processor, self.masking = config, processor, masking
         self.seed, self.rank, self.turns, self.parts = seed, rank, turns, world * turns
-        self.folders = [Shards(folder) for folder in config.shards]
-        self.sizes = [size for shards in self.folders for size in shards.sizes]
-        self.ends = np.cumsum([len(shards) for shards in self.folders])
-        self._order: tuple[int, np.ndarray] | None = None  # the epoch it is of
+        self.folders = {
+            name: [Shards(folder, config.cache) for folder in folders] for name, folders in locate(config).items()
+        }
+        self.kinds = {name: source.kinds or config.kinds for name, source in config.mixture.items()}
+        sizes = {name: [size for shards in folders for size in shards.sizes] for name, folders in self.folders.items()}
+        self.order = Mixture(sizes, {name: source.weight for name, source in config.mixture.items()}, seed)
 
     def __getitem__(self, item: int) -> Batch | _Unusable:
-        n, turn = divmod(item, self.turns)
-        part, mine = self.rank * self.turns + turn, self.config.images // self.parts
-        first = n * self.config.images + part * mine
         samples, skipped = [], []
-        for place in range(first, first + mine):
+        for place in self._places(item):
             try:
                 samples.append(self._sample(place))
             except BrokenSample as broken:
-                skipped.append(f"{broken.shard.parent.name}/{broken.shard.name}/{broken.key}: {broken.reason}")
+                file = "/".join(broken.shard.split("/")[-2:])
+                skipped.append(f"{file}/{broken.key}: {broken.reason}")
+        if not any(sample.said for sample in samples):
+            samples = self._stand_in(item)
         texts = [(sample, said) for sample in samples for said in sample.said]
         if self.config.max_texts is not None and len(texts) > (most := self.config.max_texts // self.parts):
-            rng = Random(f"{self.seed} texts {n} {part} {self.config.grain}")
+            n, turn = divmod(item, self.turns)
+            rng = Random(f"{self.seed} texts {n} {self.rank * self.turns + turn} {self.config.grain}")
             texts = [texts[i] for i in sorted(rng.sample(range(len(texts)), most))]
         return self._batch(texts, tuple(skipped)) if texts else _Unusable(tuple(skipped))
 
-    def _at(self, place: int) -> tuple[int, int]:
-        """Epoch and sample at a place in the order of the run."""
-        epoch, offset = divmod(place, int(self.ends[-1]))
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(self.sizes, self.seed, epoch)
-        return epoch, int(self._order[1][offset])
+    def _places(self, item: int) -> range:
+        """Where in the order of the run the samples of an item are."""
+        n, turn = divmod(item, self.turns)
+        mine = self.config.images // self.parts
+        first = n * self.config.images + (self.rank * self.turns + turn) * mine
+        return range(first, first + mine)
+
+    def _stand_in(self, item: int) -> list[_Sample]:
+        """The next sample of the same turn with a text that can be used, if it is near."""
+        later = chain.from_iterable(map(self._places, count(item + self.turns, self.turns)))
+        for place in islice(later, STAND_INS):
+            with suppress(BrokenSample):  # it is named when its turn comes
+                sample = self._sample(place)
+                if sample.said:
+                    return [sample]
+        return []
 
     def _sample(self, place: int) -> _Sample:
         config, size = self.config, self.processor.config.image_size
-        epoch, index = self._at(place)
-        folder = int(np.searchsorted(self.ends, index, side="right"))
-        shards, i = self.folders[folder], index - (int(self.ends[folder - 1]) if folder else 0)
+        source, epoch, index = self.order.at(place)
+        shards, i = self._find(source, index)
         record, image = read_image(shards, i)
-        rng = Random(f"{self.seed} {epoch} {index} {config.grain}")
+        rng = Random(f"{self.seed} {epoch} {index} {config.grain}{source}")
         captioned = bool(record.captions) and (config.grain == "caption" or config.with_caption)
         captions = _captions(record, config, rng) if captioned else []
-        parts = mentions(record, config.kinds, config.attributes, rng) if config.grain == "region" else []
+        kinds = self.kinds[source]
+        parts = mentions(record, kinds, config.attributes, rng) if config.grain == "region" else []
         if not (parts if config.grain == "region" else captions):
-            wanted = "caption" if config.grain == "caption" else f"{', '.join(config.kinds)} with a box"
+            wanted = "caption" if config.grain == "caption" else f"{', '.join(kinds)} with a box"
             raise BrokenSample(shards.files[shards.shard_of(i)], record.id, f"the record has no {wanted}")
 
-        boxes_xyxy = torch.tensor([box for _, box in parts], dtype=torch.float64).reshape(-1, 4)
-        texts = captions + [text for text, _ in parts]
+        boxes_xyxy = torch.tensor([box for _, _, box in parts], dtype=torch.float64).reshape(-1, 4)
+        texts = captions + [text for _, text, _ in parts]
         anchor = rng.randrange(len(parts)) if parts else None
         seen = augment(image, boxes_xyxy, texts, anchor, config.augment, size, rng, self.processor.config.resampling)
         whole = [0.0, 0.0, float(size[1]), float(size[0])]
-        wanted = [(text, whole, True) for text in seen.texts[: len(captions)]]
+        wanted = [("caption", text, whole) for text in seen.texts[: len(captions)]]
         visible = [
-            (seen.texts[len(captions) + part], box, False)
+            (parts[part][0], seen.texts[len(captions) + part], box)
             for part, box in zip(seen.kept, seen.boxes_xywh.tolist(), strict=True)
         ]
         wanted += rng.sample(visible, len(visible))
         said = self._said(wanted, rng)
         if not said and wanted:
             raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "no text has words once it is cleaned")
-        return _Sample(place, record, to_tensor(seen.image), said)
+        return _Sample(place, record, source or record.source, to_tensor(seen.image), said)
 
-    def _said(self, wanted: Sequence[tuple[str, list[float], bool]], rng: Random) -> list[_Said]:
+    def _find(self, source: str, index: int) -> tuple[Shards, int]:
+        """The folder that holds a sample of a source, and the sample's number in it."""
+        for shards in self.folders[source]:
+            if index < len(shards):
+                return shards, index
+            index -= len(shards)
+        raise IndexError(f"source {source!r} has no sample {index} more")
+
+    def _said(self, wanted: Sequence[tuple[Literal["caption", Kind], str, list[float]]], rng: Random) -> list[_Said]:
         """The first ``max_regions`` texts that have words."""
         said: list[_Said] = []
-        for text, box_xywh, whole in wanted:
+        for kind, text, box_xywh in wanted:
             if len(said) == self.config.max_regions:
                 break
             try:
@@ -321,7 +382,7 @@ class _Stream(Dataset):
                 masked, hidden = mask_words(
                     ids, continues, self.masking, rng, self.processor.mask_id, self.processor.vocab_size
                 )
-            said.append(_Said(ids, masked, hidden, box_xywh, whole))
+            said.append(_Said(ids, masked, hidden, kind, box_xywh))
         return said
 
     def _batch(self, texts: Sequence[tuple[_Sample, _Said]], skipped: tuple[str, ...]) -> Batch:
@@ -331,6 +392,8 @@ class _Stream(Dataset):
             if not samples or samples[-1] is not sample:
                 samples.append(sample)
         number = {id(sample): i for i, sample in enumerate(samples)}
+        seen = Counter(f"{sample.source}/images" for sample in samples)
+        seen.update(f"{sample.source}/{said.kind}s" for sample, said in texts)
         boxes_xywh = torch.tensor([said.box_xywh for _, said in texts], dtype=torch.float64)
         padded = self.processor.pad([said.ids for _, said in texts])
         masked = None
@@ -346,12 +409,12 @@ class _Stream(Dataset):
                 image=torch.tensor([number[id(sample)] for sample, _ in texts]),
                 boxes_cxcywh=targets(boxes_xywh, self.processor.config.image_size),
                 boxes_xywh=boxes_xywh,
-                whole=torch.tensor([said.whole for _, said in texts]),
+                whole=torch.tensor([said.kind == "caption" for _, said in texts]),
             ),
             masked=masked,
             ids=tuple(sample.record.id for sample in samples),
             skipped=skipped,
-            sources=dict(Counter(sample.record.source for sample, _ in texts)),
+            seen=dict(seen),
             places=torch.tensor([sample.place for sample in samples]),
         )
 

@@ -55,12 +55,19 @@ class Processor:
     Args:
         tokenizer: of the transformers library, one that runs on ``tokenizers`` ("fast") and has [CLS], [MASK] and
             padding tokens, by whatever name.
+
+    Raises:
+        ValueError: it is not fast, or has not those tokens.
     """
 
     def __init__(self, config: ProcessorConfig, tokenizer: "PreTrainedTokenizerFast"):
         wanted = ["cls_token_id", "mask_token_id", "pad_token_id"] + ["sep_token_id"] * config.end_token
         if missing := [name for name in wanted if getattr(tokenizer, name) is None]:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no {', '.join(missing)}")
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} is a slow one; expected one with a tokenizer.json"
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
@@ -89,19 +96,27 @@ class Processor:
 
     @classmethod
     def from_tokenizer(cls, folder: Path | str, config: ProcessorConfig) -> "Processor":
-        """The tokenizer of a local folder: ``tokenizer.json`` or BERT's ``vocab.txt``.
+        """The tokenizer of a local folder, of any family: ``tokenizer_config.json`` and the files it goes with. BERT's
+        ``tokenizer.json`` or ``vocab.txt`` will do alone.
 
         Raises:
-            FileNotFoundError: neither is there.
+            FileNotFoundError: none of them is there.
+            ValueError: what is there does not make a tokenizer.
         """
         from transformers import AutoTokenizer, BertTokenizer
 
         folder = Path(folder)
-        if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
-            raise FileNotFoundError(f"{folder}: expected a tokenizer.json or a vocab.txt, found neither")
+        if not any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")):
+            raise FileNotFoundError(
+                f"{folder}: expected a tokenizer_config.json, a tokenizer.json or a vocab.txt, found none of them"
+            )
         # Without its configuration a tokenizer file does not say which tokens are special; BERT's names are known.
         kind = AutoTokenizer if (folder / "tokenizer_config.json").exists() else BertTokenizer
-        return cls(config, kind.from_pretrained(folder, local_files_only=True))
+        try:
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the library raises whatever the files make it trip over
+            raise ValueError(f"{folder}: no tokenizer can be made of its files ({kind.__name__}): {error}") from None
+        return cls(config, tokenizer)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "Processor":
@@ -135,11 +150,16 @@ class Processor:
         Raises:
             ValueError: the text has no words once cleaned.
         """
-        split = self._split.encode(clean_caption(text, self.config.max_words), add_special_tokens=False)
-        words = split.word_ids
+        cleaned = clean_caption(text, self.config.max_words)
+        split = self._split.encode(cleaned, add_special_tokens=False)
+        words, spans = split.word_ids, split.offsets
         room = self.config.max_tokens - 1 - self.config.end_token
         ids = [self.tokenizer.cls_token_id, *split.ids[:room]]
-        continues = [False, *(i > 0 and words[i] == words[i - 1] for i in range(len(ids) - 1))]
+        continues = [False] * len(ids)
+        for i in range(1, len(ids) - 1):
+            # Some tokenizers call a whole text one word; a space between two tokens, or before the second, ends it too.
+            spaced = " " in cleaned[spans[i - 1][1] : spans[i][0] + 1]
+            continues[i + 1] = words[i] == words[i - 1] and not spaced
         if self.config.end_token:
             ids.append(self.tokenizer.sep_token_id)
             continues.append(False)

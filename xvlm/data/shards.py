@@ -1,11 +1,14 @@
 """Records in tar shards that webdataset reads too, with an index that gives random access and an order per epoch.
 
 A packed folder holds ``000000.tar``, ``000001.tar``, ... with members ``<id>.jpg`` (or ``.png``, ``.webp``) and
-``<id>.json``, and an ``index.json`` that is written last: a folder without one is not packed.
+``<id>.json``, and an ``index.json`` that is written last: a folder without one is not packed. An index made by
+:mod:`xvlm.data.tars` leads to tars elsewhere.
 """
 
+import io
 import os
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -14,21 +17,24 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import Int
+from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from xvlm import hub
 from xvlm.config import Configured
+from xvlm.data.cache import Cache, is_remote
 from xvlm.data.records import Record
 
 INDEX = "index.json"
-OPEN_AT_ONCE = 64  # shards an instance keeps open
+OPEN_AT_ONCE = 16  # shards an instance keeps open: twice a window of `epoch_order`
+AGAIN_AFTER = 600.0  # seconds until a shard that cannot be read is tried again
 
 
 class BrokenSample(Exception):
     """A sample that cannot be read; training leaves it out and says so."""
 
-    def __init__(self, shard: Path, key: str, reason: str):
+    def __init__(self, shard: str, key: str, reason: str):
         super().__init__(shard, key, reason)  # all three, so that it survives the way out of a worker process
         self.shard, self.key, self.reason = shard, key, reason
 
@@ -37,10 +43,11 @@ class BrokenSample(Exception):
 
 
 class Shard(Configured):
-    """One tar file. ``samples``: key, image offset, image size, json offset, json size, in bytes of the file."""
+    """One tar file. ``samples``: key, image offset, image size, text offset, text size, in bytes of the file."""
 
-    file: str
+    file: str  # in the folder of the index; or a path, a URL or a pipe
     size: int
+    text: Literal["json", "txt"] = "json"  # a record, or a caption
     samples: list[tuple[str, int, int, int, int]]
 
 
@@ -141,25 +148,31 @@ class Shards:
 
     ``sizes``: samples of each shard; ``index`` is not kept, so that a million samples cost tens of megabytes.
 
+    Args:
+        cache: where shards from elsewhere are kept.
+
     Raises:
         FileNotFoundError: the folder is not packed, or a shard of its index is missing.
         ValueError: an index that cannot be read; names it.
     """
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, cache: Cache = Cache()):  # noqa: B008 (it never changes)
+        self.folder, self.cache = Path(folder), cache
         index = _read_index(self.folder / INDEX)
         self.description, self.counts = index.description, index.counts
-        self.files = [self.folder / shard.file for shard in index.shards]
-        if missing := [file.name for file in self.files if not file.exists()]:
+        self.files = [shard.file if is_remote(shard.file) else str(self.folder / shard.file) for shard in index.shards]
+        if missing := [file for file in self.files if not is_remote(file) and not Path(file).exists()]:
             raise FileNotFoundError(
                 f"{self.folder}: {len(missing)} of {len(self.files)} shards are missing, first {missing[0]}"
             )
         self.sizes = [len(shard.samples) for shard in index.shards]
+        self._bytes = [shard.size for shard in index.shards]
+        self._captions = [shard.text == "txt" for shard in index.shards]
         self._ends = np.cumsum(self.sizes)
         self._keys = np.array([sample[0] for shard in index.shards for sample in shard.samples])
         self._extents = np.array([sample[1:] for shard in index.shards for sample in shard.samples])
         self._open: dict[tuple[int, int], BinaryIO] = {}
+        self._lost: dict[int, tuple[str, float]] = {}  # shards that cannot be read: why, and since when
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -179,39 +192,78 @@ class Shards:
         """Record and encoded image of sample ``i``.
 
         Raises:
-            BrokenSample: the shard ends early, or what it holds is not the record of the index.
+            BrokenSample: the shard is gone or ends early, or what it holds is not the record of the index.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"{self.folder}: sample {i} of {len(self)}")
         shard = self.shard_of(i)
-        image_at, image_size, json_at, json_size = self._extents[i].tolist()
-        image = self._read(shard, i, image_at, image_size)
-        document = self._read(shard, i, json_at, json_size)
+        image_at, image_size, text_at, text_size = self._extents[i].tolist()
         try:
-            record = Record.model_validate_json(document)
+            image = self._read(shard, image_at, image_size)
+            text = self._read(shard, text_at, text_size)
+            return self._record(shard, self.key(i), image, text), image
+        except (OSError, ValueError) as error:
+            raise BrokenSample(self.files[shard], self.key(i), str(error)) from None
+
+    def _record(self, shard: int, key: str, image: bytes, text: bytes) -> Record:
+        name = key.rpartition("/")[2]
+        if self._captions[shard]:
+            source = Path(self.files[shard]).parent.name or "tars"
+            return captioned(name, source, image, text)
+        try:
+            record = Record.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "json"
-            raise BrokenSample(self.files[shard], self.key(i), f"not a record: {where}: {first['msg']}") from None
-        if record.id != self.key(i):
-            raise BrokenSample(self.files[shard], self.key(i), f"the shard holds the record {record.id!r} here")
-        return record, image
+            raise ValueError(f"not a record: {where}: {first['msg']}") from None
+        if record.id != name:
+            raise ValueError(f"the shard holds the record {record.id!r} here")
+        return record
 
-    def _read(self, shard: int, i: int, offset: int, size: int) -> bytes:
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
         data = os.pread(self._file(shard).fileno(), size, offset)
         if len(data) < size:
-            reason = f"the shard ends early ({len(data)} of {size} bytes at {offset})"
-            raise BrokenSample(self.files[shard], self.key(i), reason)
+            raise ValueError(f"the shard ends early ({len(data)} of {size} bytes at {offset})")
         return data
 
     def _file(self, shard: int) -> BinaryIO:
-        """The open shard; a forked process opens its own."""
+        """The open shard; a forked process opens its own.
+
+        Raises:
+            OSError: it cannot be read, or could not a while ago.
+        """
         opened = (os.getpid(), shard)
         if opened not in self._open:
+            reason, since = self._lost.get(shard, ("", -AGAIN_AFTER))
+            if time.monotonic() - since < AGAIN_AFTER:
+                raise OSError(reason)
+            try:
+                file = self.cache.open(self.files[shard])
+                if (found := os.fstat(file.fileno()).st_size) > self._bytes[shard]:
+                    raise OSError(f"it has {found} bytes, the index in {self.folder} says {self._bytes[shard]}")
+            except OSError as error:
+                self._lost[shard] = f"the shard cannot be read: {error}", time.monotonic()
+                raise OSError(self._lost[shard][0]) from None
             if len(self._open) >= OPEN_AT_ONCE:
                 del self._open[next(iter(self._open))]
-            self._open[opened] = self.files[shard].open("rb", buffering=0)
+            self._open[opened] = file
         return self._open[opened]
+
+
+def captioned(name: str, source: str, image: bytes, text: bytes) -> Record:
+    """A record of an encoded image and its caption, UTF-8.
+
+    Raises:
+        ValueError: either of them is unreadable or empty.
+    """
+    try:
+        width, height = Image.open(io.BytesIO(image)).size
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image cannot be decoded ({len(image)} bytes): {error}") from None
+    caption = text.decode().strip()
+    if not caption:
+        raise ValueError("the caption is empty")
+    return Record(id=name, source=source, width=width, height=height, captions=[caption])
 
 
 def _read_index(path: Path) -> Index:
@@ -224,16 +276,19 @@ def _read_index(path: Path) -> Index:
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def epoch_order(sizes: Sequence[int], seed: int, epoch: int, window: int = 8) -> Int[np.ndarray, "sample"]:
-    """All samples once, in an order that depends on (seed, epoch) only, not on processes or workers.
+def epoch_order(
+    sizes: Sequence[int], seed: int, epoch: int, window: int = 8, key: str = ""
+) -> Int[np.ndarray, "sample"]:
+    """All samples once, in an order that depends on (seed, epoch, key) only, not on processes or workers.
 
     Shards are shuffled, then samples within windows of consecutive shards, so that a reader touches few files at once.
 
     Args:
         sizes: samples of each shard; sample numbers run through the shards in this order.
         window: shards in a window.
+        key: gives sources of one run orders of their own.
     """
-    random = np.random.default_rng([seed, epoch])
+    random = np.random.default_rng([seed, epoch, *key.encode()])
     starts = np.cumsum([0, *sizes])
     shards = random.permutation(len(sizes))
     order = []

@@ -1,4 +1,4 @@
-"""Augmentation in which a sample's image, boxes and words move together.
+"""Augmentation in which a sample's image, boxes, masks and words move together.
 
 Everything random is drawn from the ``random.Random`` passed in.
 """
@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from random import Random
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -37,7 +38,7 @@ class AugmentConfig(Configured):
     # where a text says left or right: `ignore` flips all the same (X-VLM), `skip` does not flip, `swap` swaps the words
     flip_words: Literal["ignore", "skip", "swap"] = "swap"
     randaugment: Literal["none", "full", "colour"] = "full"  # `colour` is `full` without what moves pixels
-    min_visible: Share = 0.5  # a box stays if more than this share of it is in the crop
+    min_visible: Share = 0.5  # a box stays if more than this share of it is in the crop (min_perc_in_image)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Augmented:
     boxes_xywh: Float[Tensor, "kept 4"]  # pixels of the image, float64
     kept: list[int]
     texts: list[str]
+    masks: Bool[Tensor, "kept height width"] | None = None
 
 
 def augment(
@@ -59,6 +61,7 @@ def augment(
     size: tuple[int, int],
     rng: Random,
     interpolation: Image.Resampling = Image.Resampling.BICUBIC,
+    masks: Bool[Tensor, "n height width"] | None = None,
 ) -> Augmented:
     """Crop, flip, resize (aspect not kept) and RandAugment, in the order of the reference's ``RegionTextJsonDataset``.
 
@@ -67,6 +70,7 @@ def augment(
         texts: all that is said about the image; returned with left and right swapped where the flip asks for it.
         keep: the box that a ``keep_box`` crop contains; None: there is no box to keep, and no crop.
         size: height and width of the result.
+        masks: one for each box, of ``image``'s size; they follow it to the nearest pixel.
     """
     crop = choose_crop(image.size, None if keep is None else boxes_xyxy[keep].tolist(), config, rng)
     flip = rng.random() < config.hflip
@@ -80,12 +84,14 @@ def augment(
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = image.resize((size[1], size[0]), interpolation)
-    image, moved = randaugment(image, config.randaugment, rng)
-    if moved is not None:
-        boxes_xywh, still = move_boxes(boxes_xywh, moved, size)
+    image, steps = randaugment(image, config.randaugment, rng)
+    if steps:
+        boxes_xywh, still = move_boxes(boxes_xywh, reduce(_compose, steps), size)
         visible = visible * still
     kept = (visible > config.min_visible).nonzero()[:, 0]
-    return Augmented(image, boxes_xywh[kept], kept.tolist(), list(texts))
+    if masks is not None:
+        masks = move_masks(masks[kept], crop, flip, size, steps)
+    return Augmented(image, boxes_xywh[kept], kept.tolist(), list(texts), masks)
 
 
 # Crops.
@@ -179,6 +185,29 @@ def move_boxes(
     return boxes.xyxy_to_xywh(inside), boxes.area(inside) / boxes.area(hull).clamp(min=torch.finfo(hull.dtype).tiny)
 
 
+def move_masks(
+    masks: Bool[Tensor, "n height width"],
+    crop: Crop,
+    flip: bool,
+    size: tuple[int, int],
+    steps: Sequence[Float[np.ndarray, "2 3"]],
+) -> Bool[Tensor, "n new_height new_width"]:
+    """Masks after cropping, mirroring, resizing to ``size`` (height, width) and affine maps, to the nearest pixel.
+
+    One map after the other, as with the image: what leaves the frame does not come back.
+    """
+    seen = torch.zeros(len(masks), *size, dtype=torch.bool)
+    for i, mask in enumerate(masks.numpy()):
+        picture = Image.fromarray(mask).crop(crop)
+        if flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture = picture.resize((size[1], size[0]), Image.Resampling.NEAREST)
+        for step in steps:
+            picture = warp(picture, step, Image.Resampling.NEAREST, 0)
+        seen[i] = torch.from_numpy(np.array(picture))
+    return seen
+
+
 def targets(boxes_xywh: Float[Tensor, "n 4"], size: tuple[int, int]) -> Float[Tensor, "n 4"]:
     """Boxes as a model is to predict them: ``cxcywh`` in shares of an image of ``size`` (height, width), float32."""
     x, y, w, h = boxes_xywh.unbind(1)
@@ -188,7 +217,7 @@ def targets(boxes_xywh: Float[Tensor, "n 4"], size: tuple[int, int]) -> Float[Te
 
 # Words.
 
-SIDES = re.compile(r"\b(left|right)(most)?\b", re.IGNORECASE)
+SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards)?\b", re.IGNORECASE)
 
 
 def swap_sides(text: str) -> str:
@@ -213,22 +242,22 @@ GREY = (128, 128, 128)
 
 def randaugment(
     image: Image.Image, kind: Literal["none", "full", "colour"], rng: Random
-) -> tuple[Image.Image, Float[np.ndarray, "2 3"] | None]:
-    """The image after two random operations, and the map from its old pixels to its new ones if they moved."""
+) -> tuple[Image.Image, list[Float[np.ndarray, "2 3"]]]:
+    """The image after two random operations, and the maps of its pixels that were among them."""
     if kind == "none":
-        return image, None
+        return image, []
     names = rng.choices(COLOUR + MOVING if kind == "full" else COLOUR, k=2)
-    moved = None
+    steps = []
     for name in names:
         if rng.random() >= 0.5:
             continue
         if name in MOVING:
             step = affine_of(name, 1 if rng.random() < 0.5 else -1, image.size)
             image = warp(image, step)
-            moved = step if moved is None else _compose(step, moved)
+            steps.append(step)
         else:
             image = recolour(image, name)
-    return image, moved
+    return image, steps
 
 
 def recolour(image: Image.Image, name: str) -> Image.Image:
@@ -257,13 +286,16 @@ def affine_of(name: str, sign: int, size: tuple[int, int]) -> Float[np.ndarray, 
     return np.array([[1.0, across[0], across[1]], [down[0], 1.0, down[1]]])
 
 
-def warp(image: Image.Image, affine: Float[np.ndarray, "2 3"]) -> Image.Image:
-    """The image after a map of pixel coordinates; what comes from outside is grey."""
+def warp(
+    image: Image.Image,
+    affine: Float[np.ndarray, "2 3"],
+    interpolation: Image.Resampling = Image.Resampling.BILINEAR,
+    outside: int | tuple[int, int, int] = GREY,
+) -> Image.Image:
+    """The image after a map of pixel coordinates; ``outside`` is what comes from there."""
     back = np.linalg.inv(np.vstack([affine, [0, 0, 1]]))[:2]
-    return image.transform(
-        image.size, Image.Transform.AFFINE, back.ravel().tolist(), Image.Resampling.BILINEAR, fillcolor=GREY
-    )
+    return image.transform(image.size, Image.Transform.AFFINE, back.ravel().tolist(), interpolation, fillcolor=outside)
 
 
-def _compose(after: Float[np.ndarray, "2 3"], before: Float[np.ndarray, "2 3"]) -> Float[np.ndarray, "2 3"]:
+def _compose(before: Float[np.ndarray, "2 3"], after: Float[np.ndarray, "2 3"]) -> Float[np.ndarray, "2 3"]:
     return after @ np.vstack([before, [0, 0, 1]])

@@ -1,0 +1,94 @@
+"""Files from URLs and pipes, brought to this disk when they are needed and kept there up to a limit."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+from pydantic import Field
+
+from xvlm import hub
+from xvlm.config import Configured
+
+TRIES = 3
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is a URL or a ``pipe:`` command, not a path."""
+    return place.startswith("pipe:") or "://" in place
+
+
+def digest(*places: str) -> str:
+    """A file name for places whose own names may be anything."""
+    return hashlib.sha256("\n".join(places).encode()).hexdigest()[:16]
+
+
+class Cache(Configured):
+    """Files from elsewhere, shared by all processes of a machine. What was not opened for longest goes first; an open
+    file stays readable to its reader, and takes up space until that reader lets go of it.
+    """
+
+    folder: Path = Path("~/.cache/xvlm")
+    gigabytes: Annotated[float, Field(gt=0)] = 50.0
+
+    @property
+    def root(self) -> Path:
+        return self.folder.expanduser()
+
+    def open(self, place: str) -> BinaryIO:
+        """A path as it is; a URL or pipe after it was fetched, by one process while the others wait.
+
+        Raises:
+            OSError: there is no such file, or it cannot be fetched (after three tries); names the place.
+        """
+        if not is_remote(place):
+            return Path(place).open("rb", buffering=0)
+        kept = self.root / "files" / digest(place)
+        with alone(kept):
+            try:
+                file = kept.open("rb", buffering=0)
+            except FileNotFoundError:
+                file = self._fetch(place, kept)
+            now = time.time_ns()  # finer than the clock that files get their times from
+            os.utime(file.fileno(), ns=(now, now))
+            return file
+
+    def _fetch(self, place: str, kept: Path) -> BinaryIO:
+        from webdataset.gopen import gopen
+
+        for tries_left in reversed(range(TRIES)):
+            try:
+                with hub.replacing(kept) as unfinished:
+                    with gopen(place) as source, unfinished.open("wb") as copy:
+                        shutil.copyfileobj(source, copy, 1 << 20)
+                    file = unfinished.open("rb", buffering=0)  # before another process can make room by removing it
+                break
+            except (OSError, ValueError) as error:  # ValueError: no command is known for this kind of URL
+                if not tries_left:
+                    raise OSError(f"{place}: cannot be fetched: {error}") from None
+        self._make_room(kept)
+        return file
+
+    def _make_room(self, newest: Path) -> None:
+        with alone(newest.parent):
+            files = [(file.stat(), file) for file in newest.parent.glob("[!.]*") if file != newest]
+            room = self.gigabytes * 1e9 - newest.stat().st_size - sum(stat.st_size for stat, _ in files)
+            for stat, file in sorted(files, key=lambda each: each[0].st_mtime_ns):
+                if room >= 0:
+                    break
+                file.unlink()
+                room += stat.st_size
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time, for each path; a process that is killed holds nobody up."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
