@@ -31,7 +31,7 @@ from xvlm.data.transforms import AugmentConfig, augment, targets
 from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch, Masked, Regions
 
-Grain = Literal["caption", "region"]
+Grain = Literal["caption", "region", "question", "statement"]
 Kind = Literal["region", "object", "phrase", "expression"]
 Count = Annotated[int, Field(ge=1)]
 
@@ -46,7 +46,11 @@ class UnusableData(RuntimeError):
 
 
 class StreamConfig(Configured):
-    """One stream of batches. Of ``augment``, a region stream has its own defaults: keep_box, colour."""
+    """One stream of batches. Of ``augment``, a region stream has its own defaults: keep_box, colour.
+
+    Questions and statements are what fine-tuning reads, see :mod:`xvlm.tasks.vqa` and :mod:`xvlm.tasks.nlvr`; of what
+    is said below about texts, ``images``, ``max_regions`` and ``max_texts`` concern them.
+    """
 
     shards: Annotated[list[Path], Field(min_length=1)]  # folders; read as one
     grain: Grain
@@ -107,19 +111,7 @@ def loader(
         FileNotFoundError: see :class:`Shards`.
         UnusableData: (while reading) a batch without any usable sample, or too many skipped; names them.
     """
-    for name in ("images", "max_texts"):
-        if (getattr(config, name) or 0) % world:
-            raise ValueError(f"{name}: {getattr(config, name)} cannot be divided among {world} processes")
-    stream = _Stream(config, processor, masking, seed, rank, world)
-    batches = DataLoader(
-        stream,
-        batch_size=None,  # the stream's items are batches already
-        sampler=count(start),
-        num_workers=config.workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_interrupts_to_the_parent,
-    )
-    return _watched(batches, config.max_skipped_share, config.images // world)
+    return Stream(config, processor, masking, seed, rank, world).batches(start)
 
 
 def _as_it_is(batch: "Batch | _Unusable") -> "Batch | _Unusable":
@@ -156,7 +148,7 @@ def _watched(batches: "DataLoader[Batch | _Unusable]", max_share: float, images:
 
 
 @dataclass(frozen=True)
-class _Said:
+class Said:
     """One text as ids, with its words hidden, and where in the image it is: pixels, whole image or not."""
 
     ids: list[int]
@@ -167,10 +159,10 @@ class _Said:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     record: Record
     pixels: UInt8[Tensor, "3 height width"]
-    said: list[_Said]
+    said: list[Said]
 
 
 def read_image(shards: Shards, i: int) -> tuple[Record, Image.Image]:
@@ -228,8 +220,11 @@ def _object_text(thing: Object, attributes: Literal["one", "all", "some"], rng: 
     return " ".join([*chosen, thing.label])
 
 
-class _Stream(Dataset):
-    """Batch number to this process's part of the batch."""
+class Stream(Dataset):
+    """Batch number to this process's part of the batch; see :func:`loader`.
+
+    What is made of a record (:meth:`sample`) and of the samples (:meth:`batch`) is for a task to choose.
+    """
 
     def __init__(
         self,
@@ -240,6 +235,9 @@ class _Stream(Dataset):
         rank: int,
         world: int,
     ):
+        for name in ("images", "max_texts"):
+            if (getattr(config, name) or 0) % world:
+                raise ValueError(f"{name}: {getattr(config, name)} cannot be divided among {world} processes")
         self.config, self.processor, self.masking = config, processor, masking
         self.seed, self.rank, self.world = seed, rank, world
         self.folders = [Shards(folder) for folder in config.shards]
@@ -247,20 +245,34 @@ class _Stream(Dataset):
         self.ends = np.cumsum([len(shards) for shards in self.folders])
         self._order: tuple[int, np.ndarray] | None = None  # the epoch it is of
 
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Batches without end, from batch ``start`` on."""
+        batches = DataLoader(
+            self,
+            batch_size=None,  # the stream's items are batches already
+            sampler=count(start),
+            num_workers=self.config.workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+        )
+        return _watched(batches, self.config.max_skipped_share, self.config.images // self.world)
+
     def __getitem__(self, n: int) -> Batch | _Unusable:
         mine = self.config.images // self.world
         first = n * self.config.images + self.rank * mine
         samples, skipped = [], []
         for position in range(first, first + mine):
+            epoch, index = self._at(position)
+            rng = Random(f"{self.seed} {epoch} {index} {self.config.grain}")
             try:
-                samples.append(self._sample(*self._at(position)))
+                samples.append(self.sample(*self._place(index), rng))
             except BrokenSample as broken:
                 skipped.append(f"{broken.shard.parent.name}/{broken.shard.name}/{broken.key}: {broken.reason}")
         texts = [(sample, said) for sample in samples for said in sample.said]
         if self.config.max_texts is not None and len(texts) > (most := self.config.max_texts // self.world):
             rng = Random(f"{self.seed} texts {n} {self.rank} {self.config.grain}")
             texts = [texts[i] for i in sorted(rng.sample(range(len(texts)), most))]
-        return self._batch(texts, tuple(skipped)) if texts else _Unusable(tuple(skipped))
+        return self.batch(texts, tuple(skipped)) if texts else _Unusable(tuple(skipped))
 
     def _at(self, position: int) -> tuple[int, int]:
         """Epoch and sample at a position of the run."""
@@ -269,12 +281,19 @@ class _Stream(Dataset):
             self._order = epoch, epoch_order(self.sizes, self.seed, epoch)
         return epoch, int(self._order[1][offset])
 
-    def _sample(self, epoch: int, index: int) -> _Sample:
-        config, size = self.config, self.processor.config.image_size
+    def _place(self, index: int) -> tuple[Shards, int]:
+        """The folder of a sample and its number there."""
         folder = int(np.searchsorted(self.ends, index, side="right"))
-        shards, i = self.folders[folder], index - (int(self.ends[folder - 1]) if folder else 0)
+        return self.folders[folder], index - (int(self.ends[folder - 1]) if folder else 0)
+
+    def sample(self, shards: Shards, i: int, rng: Random) -> Sample:
+        """An image with texts about it, as the model is to see them.
+
+        Raises:
+            BrokenSample: it cannot be used.
+        """
+        config, size = self.config, self.processor.config.image_size
         record, image = read_image(shards, i)
-        rng = Random(f"{self.seed} {epoch} {index} {config.grain}")
         captioned = bool(record.captions) and (config.grain == "caption" or config.with_caption)
         captions = _captions(record, config, rng) if captioned else []
         parts = mentions(record, config.kinds, config.attributes, rng) if config.grain == "region" else []
@@ -296,11 +315,11 @@ class _Stream(Dataset):
         said = self._said(wanted, rng)
         if not said and wanted:
             raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "no text has words once it is cleaned")
-        return _Sample(record, to_tensor(seen.image), said)
+        return Sample(record, to_tensor(seen.image), said)
 
-    def _said(self, wanted: Sequence[tuple[str, list[float], bool]], rng: Random) -> list[_Said]:
+    def _said(self, wanted: Sequence[tuple[str, list[float], bool]], rng: Random) -> list[Said]:
         """The first ``max_regions`` texts that have words."""
-        said: list[_Said] = []
+        said: list[Said] = []
         for text, box_xywh, whole in wanted:
             if len(said) == self.config.max_regions:
                 break
@@ -313,12 +332,12 @@ class _Stream(Dataset):
                 masked, hidden = mask_words(
                     ids, continues, self.masking, rng, self.processor.mask_id, self.processor.vocab_size
                 )
-            said.append(_Said(ids, masked, hidden, box_xywh, whole))
+            said.append(Said(ids, masked, hidden, box_xywh, whole))
         return said
 
-    def _batch(self, texts: Sequence[tuple[_Sample, _Said]], skipped: tuple[str, ...]) -> Batch:
+    def batch(self, texts: Sequence[tuple[Sample, Said]], skipped: tuple[str, ...]) -> Batch:
         """Images that have a text left, with their texts."""
-        samples: list[_Sample] = []
+        samples: list[Sample] = []
         for sample, _ in texts:
             if not samples or samples[-1] is not sample:
                 samples.append(sample)
