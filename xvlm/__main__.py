@@ -94,7 +94,7 @@ def export(
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="An official X-VLM checkpoint, .th or .pth.")],
+    file: Annotated[Path, typer.Argument(help="An official checkpoint of X-VLM or ALBEF, .th or .pth.")],
     folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
     image_size: Annotated[
         int | None, typer.Option(help="Pixels; position tables are resized. Default: its own.")
@@ -103,14 +103,17 @@ def convert(
         str | None, typer.Option(help="Folder with vocab.txt or tokenizer.json, or a hub name. Default: beside FILE.")
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the text side. Default: width / 64.")
+        int | None, typer.Option(min=1, help="Attention heads of the text side and of a ViT. Default: width / 64.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Start this task's model from a pre-training file: retrieval, vqa, …")
     ] = None,
 ) -> None:
     """Turn an official checkpoint into a folder of ours, and say what became of each tensor."""
     from xvlm.data.processor import Processor, ProcessorConfig
     from xvlm.models import checkpoints
 
-    converted = checkpoints.read(file, image_size=image_size, heads=heads)
+    converted = checkpoints.read(file, image_size=image_size, heads=heads, task=task)
     processor = None
     beside = any((file.parent / name).exists() for name in ("vocab.txt", "tokenizer.json"))
     if tokenizer is not None or beside:
@@ -121,15 +124,18 @@ def convert(
         processor = Processor.from_tokenizer(hub.locate(tokenizer) if tokenizer else file.parent, config)
         _check_vocabulary(processor.vocab_size, converted.config.text.vocab_size)
     model = checkpoints.build(converted, file)
+    typer.echo(f"{file}: {converted.kind}")
     for line in converted.lines():
         typer.echo(line)
     model.save_pretrained(folder)
-    hub.write_atomically(folder / "README.md", checkpoints.card(folder.name, file, converted))
+    hub.write_atomically(folder / "README.md", checkpoints.card(folder.name, file, converted, model))
     if processor is None:
         typer.echo("no tokenizer: give one with --tokenizer before the folder is used with texts")
     else:
         processor.save_pretrained(folder)
     counts = f"{len(converted.renamed)} renamed, {len(converted.dropped)} dropped, {len(converted.resized)} resized"
+    if converted.fresh:
+        counts += f", {len(converted.fresh)} started fresh"
     typer.echo(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters; {counts}")
 
 
@@ -154,11 +160,10 @@ def push(
 def _verified(folder: str) -> bool:
     """Prints how far each golden output is from what it was; whether all are near."""
     from xvlm.data.processor import FILE, Processor
-    from xvlm.models import golden
-    from xvlm.models.xvlm import XVLM
+    from xvlm.models import checkpoints, golden
 
     place = hub.locate(folder)
-    model = XVLM.from_pretrained(place)
+    model = checkpoints.load(place)
     if (place / FILE).exists():
         _check_vocabulary(Processor.from_pretrained(place).vocab_size, model.config.text.vocab_size)
     differences, near = golden.differences(model, place)

@@ -4,7 +4,7 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ PretrainingHead = Literal["image_projection", "text_projection", "temperature", 
 PRETRAINING_HEADS: tuple[PretrainingHead, ...] = get_args(PretrainingHead)
 # The parts that compare images with texts, without anything that reads both.
 TOWERS = {"vision", "text", "image_projection", "text_projection", "temperature"}
+Model = TypeVar("Model", bound="Pretrained")
 SCHEMA = 1  # of config.json; raised when a saved folder needs a named upgrade step
 
 
@@ -38,6 +39,7 @@ class XVLMConfig(Configured):
     # What of a text is embedded: its [CLS], as X-VLM does, or the mean of its words, for encoders that were trained so
     # (MiniLM and other sentence encoders, whose [CLS] is nearly the same for every text).
     text_pooling: Literal["first", "mean"] = "first"
+    matching: Literal["mlp", "linear"] = "mlp"  # what itm_head is; ALBEF's is a single matrix
     heads: tuple[PretrainingHead | Literal["truth_head", "assignment_head"], ...] = PRETRAINING_HEADS
 
 
@@ -63,8 +65,86 @@ class WordHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(states))), vocabulary, self.bias)
 
 
-class XVLM(nn.Module):
+class Pretrained(nn.Module):
+    """A model that is kept in a folder or on the hub: weights, their shape, and what they answer to a fixed input."""
+
+    Config: ClassVar[type[Configured]]
+    config: Any  # a Config
+
+    def answers(
+        self, images: Float[Tensor, "image 3 height width"], regions: Regions, texts: Texts
+    ) -> dict[str, Tensor]:
+        """What :mod:`xvlm.models.golden` keeps, by name: every part of the model is to be heard in it."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json``, ``model.safetensors`` and ``golden.safetensors``; ``dtype`` float16 halves the size.
+
+        The last file holds what the written weights, read back, answer to a fixed input: see :mod:`xvlm.models.golden`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"schema": SCHEMA, "model": type(self).__name__, **self.config.model_dump(mode="json")}
+        hub.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        state = {name: _as(dtype, tensor) for name, tensor in self.state_dict().items()}
+        with hub.replacing(folder / "model.safetensors") as unfinished:
+            save_file(state, unfinished, metadata={"format": "pt"})
+        with torch.random.fork_rng(devices=[]):  # building a model draws numbers; saving one should not be noticed
+            golden.write(type(self).from_pretrained(folder), folder)
+
+    def push_to_hub(self, name: str, *, private: bool = False) -> str:
+        """Save to the repository ``org/name`` of the hub, which is made where it does not exist; returns its address.
+
+        Raises:
+            OSError: the hub refused, with its reason.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(folder, name, private=private)
+
+    @classmethod
+    def from_pretrained(cls: type[Model], name: Path | str) -> Model:
+        """Load a folder written by :meth:`save_pretrained`, by path, shipped name (``xvlm-scenes-tiny``) or hub name.
+
+        The path may also be an official checkpoint file (``….th``), see :mod:`xvlm.models.checkpoints`. A folder whose
+        weights are those of the towers alone loads too, with a warning that says which parts start fresh.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file missing in it.
+            ValueError: the folder holds another kind of model; a config field or tensor that is missing, unexpected, of
+                another shape or not finite, by name.
+        """
+        folder = hub.locate(name)
+        if folder.is_file():
+            from xvlm.models import checkpoints  # which builds on this module
+
+            model = checkpoints.load(folder)
+            if not isinstance(model, cls):
+                raise ValueError(_another(folder, type(model).__name__, cls))
+            return model
+        config = json.loads((folder / "config.json").read_text())
+        schema = config.pop("schema", None)
+        if schema != SCHEMA:
+            raise ValueError(f"{folder / 'config.json'}: schema {schema!r}, this version reads {SCHEMA}")
+        if (kind := config.pop("model", "XVLM")) != cls.__name__:  # folders named none while there was no other
+            raise ValueError(_another(folder, kind, cls))
+        model = cls(cls.Config.model_validate(config))
+        file = folder / "model.safetensors"
+        try:
+            state = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not readable as safetensors: {error}") from None
+        if fresh := _fresh_parts(model, state):
+            warnings.warn(f"{file} holds towers alone; these start fresh: {', '.join(fresh)}", stacklevel=2)
+            state |= {name: tensor for name, tensor in model.state_dict().items() if _part(name) in fresh}
+        load_strictly(model, state, file)
+        return model.eval()
+
+
+class XVLM(Pretrained):
     """A vision-language model of images, regions and objects (X-VLM, arXiv 2111.08276)."""
+
+    Config = XVLMConfig
 
     def __init__(self, config: XVLMConfig):
         super().__init__()
@@ -78,7 +158,7 @@ class XVLM(nn.Module):
         self.image_projection = nn.Linear(self.vision.dim, config.embed_dim)
         self.text_projection = nn.Linear(config.text.dim, config.embed_dim)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
-        self.itm_head = Head(config.text.dim, 2)
+        self.itm_head = Head(config.text.dim, 2) if config.matching == "mlp" else nn.Linear(config.text.dim, 2)
         self.box_head = Head(config.text.dim, 4)
         # Built and dropped, so that the same seed gives the same weights whichever heads there are.
         for unused in set(PRETRAINING_HEADS) - set(config.heads):
@@ -184,64 +264,25 @@ class XVLM(nn.Module):
         """Logits over the vocabulary for hidden words."""
         return self.word_head(states, self.text.words.weight)
 
-    # Folders.
-
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write ``config.json``, ``model.safetensors`` and ``golden.safetensors``; ``dtype`` float16 halves the size.
-
-        The last file holds what the written weights, read back, answer to a fixed input: see :mod:`xvlm.models.golden`.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"schema": SCHEMA, **self.config.model_dump(mode="json")}
-        hub.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        state = {name: _as(dtype, tensor) for name, tensor in self.state_dict().items()}
-        with hub.replacing(folder / "model.safetensors") as unfinished:
-            save_file(state, unfinished, metadata={"format": "pt"})
-        with torch.random.fork_rng(devices=[]):  # building a model draws numbers; saving one should not be noticed
-            golden.write(type(self).from_pretrained(folder), folder)
-
-    def push_to_hub(self, name: str, *, private: bool = False) -> str:
-        """Save to the repository ``org/name`` of the hub, which is made where it does not exist; returns its address.
-
-        Raises:
-            OSError: the hub refused, with its reason.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push(folder, name, private=private)
-
-    @classmethod
-    def from_pretrained(cls, name: Path | str) -> "XVLM":
-        """Load a folder written by :meth:`save_pretrained`, by path, shipped name (``xvlm-scenes-tiny``) or hub name.
-
-        The path may also be an official checkpoint file (``….th``), see :mod:`xvlm.models.checkpoints`. A folder whose
-        weights are those of the towers alone loads too, with a warning that says which parts start fresh.
-
-        Raises:
-            FileNotFoundError: no such folder, or a file missing in it.
-            ValueError: a config field or tensor that is missing, unexpected, of another shape or not finite, by name.
-        """
-        folder = hub.locate(name)
-        if folder.is_file():
-            from xvlm.models import checkpoints  # which builds on this module
-
-            return checkpoints.load(folder)
-        config = json.loads((folder / "config.json").read_text())
-        schema = config.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"{folder / 'config.json'}: schema {schema!r}, this version reads {SCHEMA}")
-        model = cls(XVLMConfig.model_validate(config))
-        file = folder / "model.safetensors"
-        try:
-            state = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not readable as safetensors: {error}") from None
-        if fresh := _fresh_parts(model, state):
-            warnings.warn(f"{file} holds towers alone; these start fresh: {', '.join(fresh)}", stacklevel=2)
-            state |= {name: tensor for name, tensor in model.state_dict().items() if _part(name) in fresh}
-        load_strictly(model, state, file)
-        return model.eval()
+    def answers(
+        self, images: Float[Tensor, "image 3 height width"], regions: Regions, texts: Texts
+    ) -> dict[str, Tensor]:
+        """Fused states; and by the heads there are, unit vectors of images, regions and texts, logits and boxes."""
+        concepts, words = self.encode_image(images, regions), self.encode_text(texts)
+        # Questions: both texts about the whole image, and about a box each; a second look is at the next concept.
+        about = (torch.tensor([0, 0, 1, 2])[:, None] + torch.arange(self.config.text.looks)) % 3
+        fused = self.fuse(words, concepts, about, torch.tensor([0, 1, 0, 1]))
+        found = {"fused": fused.first}
+        readings = {
+            "image_projection": ("image_embedding", lambda: self.embed_image(concepts)),
+            "text_projection": ("text_embedding", lambda: self.embed_text(words)),
+            "itm_head": ("matching", lambda: self.match(fused)),
+            "box_head": ("boxes_cxcywh", lambda: self.locate(fused)),
+            "word_head": ("words", lambda: golden.sample(self.guess_words(fused.first))),
+            "truth_head": ("truth", lambda: self.judge(fused)),
+            "assignment_head": ("assignment", lambda: self.assign(fused)),
+        }
+        return found | {name: read() for head, (name, read) in readings.items() if head in self.config.heads}
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], origin: object) -> None:
@@ -266,6 +307,10 @@ def misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
         elif not state[name].is_meta and not state[name].isfinite().all():
             wrong.append(f"{name} holds NaN or infinite values")
     return sorted(wrong)
+
+
+def _another(place: Path, kind: str, asked: type) -> str:
+    return f"{place}: holds a model of kind {kind}: load it with {kind}.from_pretrained, not {asked.__name__}'s"
 
 
 def _part(name: str) -> str:
