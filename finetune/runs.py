@@ -1,15 +1,16 @@
-"""What fine-tuning and evaluating share: the configuration of a run, and of each task its parts and its protocol."""
+"""What fine-tuning and evaluating share: a run's configuration, its model, its predictions and their numbers."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from recipes import RECIPES, Recipe, TaskConfig
 from torch import nn
 
-from xvlm import evaluate, hub, probe, report
+from xvlm import hub, probe, report
 from xvlm.config import ConfigError, Configured
 from xvlm.data import pretrain
 from xvlm.data.processor import Processor
@@ -18,7 +19,6 @@ from xvlm.evaluate import Numbers
 from xvlm.models.init import InitConfig, initial_model
 from xvlm.models.xvlm import XVLM
 from xvlm.run import RunConfig
-from xvlm.tasks import grounding, retrieval
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -34,7 +34,7 @@ class FinetuneRun(RunConfig):
     """Everything a fine-tuning run depends on."""
 
     title: str = "Fine-tuning"
-    task: Annotated[retrieval.RetrievalConfig | grounding.GroundingConfig, Field(discriminator="name")]
+    task: TaskConfig
     init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
     from_scratch: bool = False  # of the pre-trained model take the shape alone: what pre-training is worth
     image_size: Count | None = None  # pixels; null: as in pre-training
@@ -52,84 +52,29 @@ class FinetuneRun(RunConfig):
         return self
 
     @property
-    def recipe(self) -> "Recipe":
+    def recipe(self) -> Recipe:
         return RECIPES[self.task.name]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The parts of a task, from its batches to its numbers."""
-
-    task: Callable[[Any, Any], nn.Module]  # configuration and model -> losses
-    grain: pretrain.Grain
-    heads: tuple[str, ...]
-    loader: Callable[..., Any]
-    ask: Callable[..., list[Any]]  # task, processor, shards, indices, batch size -> rows
-    row: type
-    numbers: Callable[[Sequence[Any]], Numbers]
-    chance: Callable[[Sequence[Any], Shards], Numbers]
-    protocol: str  # what the numbers are
-
-
-def _ask_for_ranks(
-    task: retrieval.Task, processor: Processor, shards: Shards, indices: Sequence[int], batch_size: int
-) -> list[evaluate.Ranked]:
-    asked = {"captions": task.config.captions, "top_k": task.config.top_k, "batch_size": batch_size}
-    return evaluate.retrieval(task.model, processor, shards, indices, **asked).rows
-
-
-def _ask_for_boxes(
-    task: grounding.Task, processor: Processor, shards: Shards, indices: Sequence[int], batch_size: int
-) -> list[evaluate.Query]:
-    return evaluate.grounding(task, processor, shards, indices, batch_size=batch_size)
-
-
-RECIPES = {
-    "retrieval": Recipe(
-        task=retrieval.Task,
-        grain="caption",
-        heads=retrieval.HEADS,
-        loader=pretrain.loader,
-        ask=_ask_for_ranks,
-        row=evaluate.Ranked,
-        numbers=evaluate.retrieval_numbers,
-        chance=lambda rows, shards: evaluate.retrieval_chance(rows),
-        protocol="R@k: share of queries with a right answer among the first k; the task.top_k most similar candidates "
-        "of each query are re-ranked by the matching head, others are not found; ties count half",
-    ),
-    "grounding": Recipe(
-        task=grounding.Task,
-        grain="region",
-        heads=grounding.HEADS,
-        loader=pretrain.loader,
-        ask=_ask_for_boxes,
-        row=evaluate.Query,
-        numbers=evaluate.referring_numbers,
-        chance=lambda rows, shards: evaluate.referring_numbers(evaluate.whole_images(rows, shards)),
-        protocol="acc@t: share of phrases whose box has IoU >= t with the true one (exclusive right and bottom); "
-        "overall_iou: summed intersections over summed unions; small, medium, large: areas below 32² and 96² pixels; "
-        "chance: the whole image as the answer",
-    ),
-}
 
 
 def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
     """The task, the names of its parameters that start fresh among pre-trained ones, and its processor."""
-    name = config.init.model
+    recipe, name = config.recipe, config.init.model
     theirs, processor = XVLM.from_pretrained(name).config, Processor.from_pretrained(name)
     size = theirs.vision.image_size if config.image_size is None else (config.image_size, config.image_size)
     vision = theirs.vision.model_copy(update={"image_size": size})
-    shape = theirs.model_copy(update={"heads": config.recipe.heads, "vision": vision})
-    model, fresh = (XVLM(shape), []) if config.from_scratch else initial_model(shape, config.init)
+    text = theirs.text.model_copy(update={"looks": max(recipe.looks, theirs.text.looks)})
+    shape = theirs.model_copy(update={"heads": recipe.heads, "vision": vision, "text": text})
+    pretrained, fresh = (XVLM(shape), []) if config.from_scratch else initial_model(shape, config.init)
+    model, fresh = recipe.start(config.task, pretrained, fresh)
     tokens = config.max_tokens or processor.config.max_tokens
-    prepared = processor.config.model_copy(update={"image_size": size, "max_tokens": tokens})
-    task = config.recipe.task(config.task, model)
-    return task, [f"model.{part}" for part in fresh], Processor(prepared, processor.tokenizer)
+    prepared = {"image_size": size, "max_tokens": tokens, "end_token": recipe.end_token or processor.config.end_token}
+    processor = Processor(processor.config.model_copy(update=prepared), processor.tokenizer)
+    return recipe.task(config.task, model), [f"model.{part}" for part in fresh], processor
 
 
 def load(config: FinetuneRun, name: Path | str) -> tuple[nn.Module, Processor]:
     """The task with the weights of a folder, and its processor."""
-    return config.recipe.task(config.task, XVLM.from_pretrained(name)), Processor.from_pretrained(name)
+    return config.recipe.task(config.task, config.recipe.model.from_pretrained(name)), Processor.from_pretrained(name)
 
 
 def shards_of(config: FinetuneRun, split: str) -> Shards:
@@ -146,10 +91,16 @@ def shards_of(config: FinetuneRun, split: str) -> Shards:
 def ask(config: FinetuneRun, split: str, task: nn.Module, processor: Processor) -> list[Any]:
     """What a task answers to a split: a row for each example, on every process the same."""
     shards = shards_of(config, split)
-    indices = range(min(len(shards), config.evaluation.records or len(shards)))
     was_training = task.training
     task.eval()
-    rows = config.recipe.ask(task, processor, shards, indices, config.evaluation.batch_size)
+    rows = config.recipe.ask(
+        task,
+        processor,
+        shards,
+        range(min(len(shards), config.evaluation.records or len(shards))),
+        batch_size=config.evaluation.batch_size,
+        trained_on=config.stream.shards,
+    )
     task.train(was_training)
     return rows
 

@@ -9,7 +9,7 @@ import json
 import time
 
 import torch
-from runs import FinetuneRun, ask, build, judge, shards_of, table, weights, write_rows
+from runs import FinetuneRun, ask, build, judge, table, weights, write_rows
 
 from xvlm import distributed, hub, probe, report, train, viz
 from xvlm.data import scenes
@@ -38,8 +38,8 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     world = distributed.world()
 
     def open_stream(start: int):
-        place = {"seed": config.train.seed, "start": start, "rank": world.rank, "world": world.size}
-        return config.recipe.loader(config.stream, processor, None, **place)
+        place = {"seed": config.train.seed, "rank": world.rank, "world": world.size}
+        return config.recipe.stream(config.task, config.stream, processor, **place).batches(start)
 
     train.fit(task, {"train": open_stream}, config.train, config.optim, config.out, accelerator, fresh=fresh)
     if world.rank == 0:

@@ -7,7 +7,6 @@ weights, ``results.json`` and ``report.html`` in the run folder. The same comman
 import json
 import time
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch

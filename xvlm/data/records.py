@@ -61,9 +61,13 @@ class Expression(Strict):
 
 
 class Question(Strict):
-    """A question and its answers with weights (VQA: the share of annotators who gave it)."""
+    """A question and its answers with weights (VQA: the share of annotators who gave it).
+
+    ``id`` is the question's own where its set numbers questions: submission files name it.
+    """
 
     text: Text
+    id: str = ""
     answers: dict[str, float] = {}
     kind: str = ""
 

@@ -12,7 +12,6 @@ from xvlm.config import Configured
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Batch, Concepts, Grounded, Texts, Words
 
-
 HEADS = ("box_head",)
 
 

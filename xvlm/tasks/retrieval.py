@@ -13,7 +13,6 @@ from xvlm.config import Configured
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Batch
 
-
 HEADS = ("image_projection", "text_projection", "temperature", "itm_head")
 
 
