@@ -8,7 +8,7 @@ folder. With ``predictions=FILE`` it scores predictions that were written before
 import json
 from pathlib import Path
 
-from runs import FinetuneRun, ask, judge, load, read_rows, table, weights, write_rows
+from runs import FinetuneRun, ask, judge, load, read_rows, shards_of, table, weights, write_rows
 
 from xvlm import distributed, hub, probe, train
 from xvlm.config import ConfigError, load_config
@@ -24,12 +24,15 @@ def main(arguments: list[str]) -> None:
     overrides = [word for word in arguments[1:] if word.split("=")[0] not in OPTIONS]
     config = load_config(FinetuneRun, arguments[0], overrides)
     split = given.get("split", "test")
+    shards_of(config, split)  # says at once what is not there
     if "predictions" in given:
         file = Path(given["predictions"])
         show(judge(config, split, read_rows(config, file), predictions=str(file)))
         return
     accelerator = train.make_accelerator(config.train, config.out)
     name = given.get("model", config.out / "model")
+    if "model" not in given and not name.exists():
+        raise ConfigError(f"{name}: no weights there; train first, or say model=FOLDER")
     task, processor = load(config, name)
     rows = ask(config, split, task.to(accelerator.device), processor)
     if distributed.world().rank == 0:

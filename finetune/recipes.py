@@ -173,4 +173,16 @@ RECIPES = {
         stream=lambda task, config, processor, **place: nlvr.Pairs(config, processor, None, **place),
         looks=2,
     ),
+    # Text assignment, which prepares a model for NLVR2 (init.model of an nlvr run); it has no numbers of its own.
+    "assignment": Recipe(
+        task=nlvr.Assignment,
+        grain="caption",
+        heads=nlvr.ASSIGNMENT_HEADS,
+        ask=lambda *_, **__: [],
+        row=dict,
+        numbers=lambda rows: {},
+        chance=lambda rows, shards: {},
+        protocol="none: fine-tune on nlvr",
+        looks=2,
+    ),
 }
