@@ -61,13 +61,9 @@ class Expression(Strict):
 
 
 class Question(Strict):
-    """A question and its answers with weights (VQA: the share of annotators who gave it).
-
-    ``id`` is the question's own where its set numbers questions: submission files name it.
-    """
+    """A question and its answers with weights (VQA: the share of annotators who gave it)."""
 
     text: Text
-    id: str = ""
     answers: dict[str, float] = {}
     kind: str = ""
 
