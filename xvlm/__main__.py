@@ -183,7 +183,7 @@ def _check_vocabulary(tokenizer: int, model: int) -> None:
 
 @data.command("pack")
 def data_pack(
-    reader: Annotated[str, typer.Argument(help="scenes, flickr30k_entities or coco")],
+    reader: Annotated[str, typer.Argument(help="scenes, coco, csv_table, ...: docs/data.md has all.")],
     out: Annotated[Path, typer.Argument(help="Shards go to OUT/SPLIT.")],
     folder: Annotated[Path | None, typer.Option(help="Folder of the public data.")] = None,
     split: Annotated[str, typer.Option(help="Which part.")] = "train",
@@ -196,6 +196,14 @@ def data_pack(
     asked = {"reader": reader, "out": out, "folder": folder, "splits": {split: limit}, "allow_missing": allow_missing}
     config = CorpusConfig.model_validate(asked)
     typer.echo(f"{out / split}: {len(pack(config)[split])} records")
+
+
+@data.command("schema")
+def data_schema() -> None:
+    """Print the JSON schema of a record: the fields of json_lines and of the shards."""
+    from xvlm.data.records import Record
+
+    typer.echo(json.dumps(Record.model_json_schema(), indent=2))
 
 
 @data.command("show")
