@@ -2,7 +2,8 @@
 
 Asks the weights that ``finetune/train.py CONFIG`` left, or those of ``model``, every example of a split once, whatever
 the number of processes; prints a table and writes ``predictions-SPLIT.jsonl`` and ``results-SPLIT.json`` to the run
-folder. With ``predictions=FILE`` it scores predictions that were written before; no model is needed.
+folder. With ``predictions=FILE`` it scores predictions that were written before; no model is needed. With
+``submission=FILE`` it also writes what the benchmark's server takes.
 """
 
 import json
@@ -14,7 +15,7 @@ from xvlm import distributed, hub, probe, train
 from xvlm.config import ConfigError, load_config
 from xvlm.run import script
 
-OPTIONS = ("split", "model", "predictions")
+OPTIONS = ("split", "model", "predictions", "submission")
 
 
 def main(arguments: list[str]) -> None:
@@ -25,9 +26,13 @@ def main(arguments: list[str]) -> None:
     config = load_config(FinetuneRun, arguments[0], overrides)
     split = given.get("split", "test")
     shards_of(config, split)  # says at once what is not there
+    if "submission" in given and config.recipe.submission is None:
+        raise ConfigError(f"submission: no server takes predictions of {config.task.name}")
     if "predictions" in given:
         file = Path(given["predictions"])
-        show(judge(config, split, read_rows(config, file), predictions=str(file)))
+        rows = read_rows(config, file)
+        submit(config, rows, given)
+        show(judge(config, split, rows, predictions=str(file)))
         return
     accelerator = train.make_accelerator(config.train, config.out)
     name = given.get("model", config.out / "model")
@@ -38,9 +43,15 @@ def main(arguments: list[str]) -> None:
     if distributed.world().rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
         write_rows(config.out / f"predictions-{split}.jsonl", rows)
+        submit(config, rows, given)
         result = judge(config, split, rows, weights=weights(name))
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
         show(result)
+
+
+def submit(config: FinetuneRun, rows: list, given: dict[str, str]) -> None:
+    if "submission" in given:
+        hub.write_atomically(Path(given["submission"]), json.dumps(config.recipe.submission(rows)))
 
 
 def show(result: dict) -> None:

@@ -47,7 +47,7 @@ class Recipe:
     heads: tuple[str, ...]  # of the pre-trained model
     ask: Callable[..., list[Any]]
     row: type  # of what `ask` returns
-    numbers: Callable[[Sequence[Any]], Numbers]
+    numbers: Callable[[Any, Sequence[Any]], Numbers]  # of the task's configuration and rows
     chance: Callable[[Sequence[Any], Shards], Numbers]  # of an answer that needs no model
     protocol: str  # what the numbers are
     stream: Callable[..., Stream] = texts_about_images
@@ -55,6 +55,7 @@ class Recipe:
     start: Callable[[Any, XVLM, list[str]], tuple[nn.Module, list[str]]] = as_it_is
     looks: int = 1  # images that a text is about
     end_token: bool = False  # whether texts end with [SEP]
+    submission: Callable[[Sequence[Any]], Any] | None = None  # what the benchmark's server takes, as JSON
 
 
 # How each is asked about a split: a row for each example, on every process the same.
@@ -113,7 +114,7 @@ RECIPES = {
         heads=retrieval.HEADS,
         ask=ask_for_ranks,
         row=evaluate.Ranked,
-        numbers=evaluate.retrieval_numbers,
+        numbers=lambda task, rows: evaluate.retrieval_numbers(rows),
         chance=lambda rows, shards: evaluate.retrieval_chance(rows),
         protocol="R@k: share of queries with a right answer among the first k. The top_k most similar candidates of a "
         "query are re-ranked by the matching head, others are not found; ties count half. Chance: a random order.",
@@ -124,7 +125,7 @@ RECIPES = {
         heads=grounding.HEADS,
         ask=ask_for_boxes,
         row=evaluate.Query,
-        numbers=evaluate.referring_numbers,
+        numbers=lambda task, rows: evaluate.referring_numbers(rows),
         chance=lambda rows, shards: evaluate.referring_numbers(evaluate.whole_images(rows, shards)),
         protocol="acc@t: share of phrases whose box has an IoU of t or more with the true one (right and bottom "
         "exclusive). overall_iou: summed intersections over summed unions. small, medium, large: below 32² and 96² "
@@ -136,13 +137,14 @@ RECIPES = {
         heads=vqa.HEADS,
         ask=ask_for_answers,
         row=vqa.Answered,
-        numbers=vqa.numbers,
+        numbers=lambda task, rows: vqa.numbers(rows),
         chance=lambda rows, shards: vqa.numbers(vqa.commonest(rows)),
         protocol="VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving each annotator out, after the "
         "server's normalisation; by kind of question too. Chance: the commonest answer of this split to each kind.",
         stream=lambda task, config, processor, **place: vqa.Questions(config, processor, None, **place),
         model=Answerer,
         start=lambda task, pretrained, fresh: vqa.starting_model(task, pretrained),
+        submission=vqa.submission,
     ),
     "captioning": Recipe(
         task=captioning.Task,
@@ -150,7 +152,7 @@ RECIPES = {
         heads=captioning.HEADS,
         ask=ask_for_captions,
         row=captioning.Captioned,
-        numbers=captioning.numbers,
+        numbers=lambda task, rows: captioning.numbers(rows, java=task.java),
         chance=lambda rows, shards: captioning.numbers(captioning.of_others(rows)),
         protocol="CIDEr is CIDEr-D, document frequencies from this split's references; BLEU-n of the whole split "
         "against the nearest length; ROUGE-L with beta 1.2; own implementations and tokenizer. Chance: what people "
@@ -166,7 +168,7 @@ RECIPES = {
         heads=nlvr.HEADS,
         ask=ask_for_truth,
         row=nlvr.Judged,
-        numbers=nlvr.numbers,
+        numbers=lambda task, rows: nlvr.numbers(rows),
         chance=lambda rows, shards: nlvr.numbers(nlvr.commonest(rows)),
         protocol="accuracy over statements; consistency: share of texts judged right of every pair of images they are "
         "said about. Chance: all as most of them are.",
@@ -180,7 +182,7 @@ RECIPES = {
         heads=nlvr.ASSIGNMENT_HEADS,
         ask=lambda *_, **__: [],
         row=dict,
-        numbers=lambda rows: {},
+        numbers=lambda task, rows: {},
         chance=lambda rows, shards: {},
         protocol="none: fine-tune on nlvr",
         looks=2,

@@ -38,6 +38,7 @@ class FinetuneRun(RunConfig):
     init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
     from_scratch: bool = False  # of the pre-trained model take the shape alone: what pre-training is worth
     image_size: Count | None = None  # pixels; null: as in pre-training
+    trunk_options: dict[str, Any] = {}  # over those of pre-training: Swin's window_size has to divide another size
     max_tokens: Count | None = None  # of a text; null: as in pre-training
     stream: pretrain.StreamConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -61,7 +62,8 @@ def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
     recipe, name = config.recipe, config.init.model
     theirs, processor = XVLM.from_pretrained(name).config, Processor.from_pretrained(name)
     size = theirs.vision.image_size if config.image_size is None else (config.image_size, config.image_size)
-    vision = theirs.vision.model_copy(update={"image_size": size})
+    options = theirs.vision.options | config.trunk_options
+    vision = theirs.vision.model_copy(update={"image_size": size, "options": options})
     text = theirs.text.model_copy(update={"looks": max(recipe.looks, theirs.text.looks)})
     shape = theirs.model_copy(update={"heads": recipe.heads, "vision": vision, "text": text})
     pretrained, fresh = (XVLM(shape), []) if config.from_scratch else initial_model(shape, config.init)
@@ -135,10 +137,10 @@ def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any
         "protocol": config.recipe.protocol,
         "settings": config.task.model_dump(mode="json"),
         "data": {"folder": str(config.evaluation.splits[split]), "sha256": hub.digest(config.evaluation.splits[split])},
-        **made_with,
         "commit": probe.commit(),
+        **made_with,
         "examples": len(rows),
-        "numbers": config.recipe.numbers(rows),
+        "numbers": config.recipe.numbers(config.task, rows),
         "chance": config.recipe.chance(rows, shards_of(config, split)),
     }
 

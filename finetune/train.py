@@ -57,7 +57,8 @@ def untrained(config: FinetuneRun, task: torch.nn.Module, processor) -> dict[str
     known = distributed.gather_objects(json.loads(file.read_text()) if file.exists() else None)[0]
     if known is not None or not config.evaluation.untrained:
         return known or {}
-    found = {split: config.recipe.numbers(ask(config, split, task, processor)) for split in config.evaluation.splits}
+    splits = config.evaluation.splits
+    found = {split: config.recipe.numbers(config.task, ask(config, split, task, processor)) for split in splits}
     if distributed.world().rank == 0:
         hub.write_atomically(file, json.dumps(found, indent=2))
     return found
@@ -84,12 +85,13 @@ def dry(config: FinetuneRun) -> FinetuneRun:
     corpus = CorpusConfig(
         reader="scenes", out=out / "shards", splits={"train": 16, "test": 8}, scenes=scenes.SceneConfig(size=size)
     )
-    images = {"shards": [out / "shards/train"], "images": 4 * distributed.world().size}
+    images = {"shards": [out / "shards/train"], "images": 4 * distributed.world().size, "workers": 0}
     changes = {
         "out": out,
         "corpus": corpus,
         "init": config.init.model_copy(update={"model": SHIPPED}),
         "image_size": size,
+        "trunk_options": {},
         "stream": config.stream.model_copy(update=images),
         "evaluation": config.evaluation.model_copy(update={"splits": {"dry": out / "shards/test"}}),
         "train": config.train.model_copy(update={"steps": 2, "save_every": 1, "log_every": 1}),

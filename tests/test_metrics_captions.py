@@ -99,7 +99,7 @@ def test_the_servers_own_code_gives_the_same():
     from pycocoevalcap.rouge.rouge import Rouge
 
     rng = random.Random(0)
-    words = "a man the dog on in red blue running ball with two of".split()
+    words = split("a man the dog on in red blue running ball with two of")[0]
     known = [[rng.choices(words, k=rng.randint(4, 14)) for _ in range(rng.randint(1, 5))] for _ in range(30)]
     written = [several[0][: rng.randint(3, 9)] + rng.choices(words, k=rng.randint(1, 4)) for several in known]
     theirs = {i: [" ".join(each) for each in several] for i, several in enumerate(known)}
@@ -117,6 +117,10 @@ def test_the_servers_tokenizer_gives_the_same():
         pytest.skip("no Java")
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    said = ["A man's dog isn't running, but it's here.", "Red/blue (T-shirt) at 10:30 a.m.; $5!", "They'd don't - can't"]
+    said = [
+        "A man's dog isn't running, but it's here.",
+        "Red/blue (T-shirt) at 10:30 a.m.; $5!",
+        "They'd don't - can't",
+    ]
     found = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(said)})
     assert [captions.words(text) for text in said] == [found[i][0].split() for i in range(len(said))]

@@ -279,7 +279,8 @@ def grounding(
 
 
 def queries(record: Record, index: int) -> Iterator[Query]:
-    """A record's referring expressions that have a box; without expressions, its caption phrases with boxes."""
+    """A record's referring expressions that have a box; without any, its caption phrases with boxes; without these, the
+    first description of each region."""
     for expression in record.expressions:
         if expression.box_xyxy is not None:
             yield Query(index, expression.text, (expression.box_xyxy,), tuple(expression.tags), record=record.id)
@@ -288,6 +289,9 @@ def queries(record: Record, index: int) -> Iterator[Query]:
             if phrase.boxes_xyxy:
                 text = record.captions[phrase.caption][phrase.start : phrase.end]
                 yield Query(index, text, tuple(phrase.boxes_xyxy), record=record.id)
+    if not record.expressions and not record.phrases:
+        for region in record.regions:
+            yield Query(index, region.descriptions[0], (region.box_xyxy,), record=record.id)
 
 
 def grounding_numbers(answered: Sequence[Query]) -> Numbers:

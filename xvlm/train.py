@@ -27,13 +27,13 @@ from xvlm import distributed, hub
 from xvlm.config import ConfigError, Configured, dump_config, parse_yaml
 from xvlm.models import economy
 from xvlm.optim import OptimConfig, lr_factor, make_optimizer, set_lr
-from xvlm.types import Batch
+from xvlm.types import Movable
 
 logger = logging.getLogger(__name__)
 
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
 
-Open = Callable[[int], Iterator[Batch]]  # a stream of batches from the given batch number on
+Open = Callable[[int], Iterator[Movable]]  # a stream of batches from the given batch number on
 
 
 class TrainConfig(Configured):
@@ -127,7 +127,7 @@ def fit(
     if config.gradient_checkpointing:
         economy.checkpoint_layers(task)
     model, optimizer = accelerator.prepare(task, optimizer)
-    opened: dict[str, Iterator[Batch]] = {}
+    opened: dict[str, Iterator[Movable]] = {}
     log = _Log(out, accelerator, step, config)
     stop = _StopRequest()
     begun = step
@@ -264,7 +264,7 @@ class _Log:
         self.counts: dict[str, int] = {}
         self.images, self.texts, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], batches: dict[str, Batch], waited: float) -> None:
+    def add(self, losses: dict[str, Tensor], batches: dict[str, Movable], waited: float) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1

@@ -29,7 +29,7 @@ from xvlm.data.records import Box, Object, Record
 from xvlm.data.shards import BrokenSample, Shards, epoch_order
 from xvlm.data.transforms import AugmentConfig, augment, targets
 from xvlm.data.words import WordMasking, mask_words
-from xvlm.types import Batch, Masked, Regions
+from xvlm.types import Batch, Masked, Movable, Regions
 
 Grain = Literal["caption", "region", "question", "statement"]
 Kind = Literal["region", "object", "phrase", "expression"]
@@ -114,7 +114,7 @@ def loader(
     return Stream(config, processor, masking, seed, rank, world).batches(start)
 
 
-def _as_it_is(batch: "Batch | _Unusable") -> "Batch | _Unusable":
+def _as_it_is(batch: "Movable | _Unusable") -> "Movable | _Unusable":
     return batch
 
 
@@ -129,7 +129,7 @@ class _Unusable:
     skipped: tuple[str, ...]
 
 
-def _watched(batches: "DataLoader[Batch | _Unusable]", max_share: float, images: int) -> Iterator[Batch]:
+def _watched(batches: "DataLoader[Movable | _Unusable]", max_share: float, images: int) -> Iterator[Movable]:
     seen, lost, named = 0, 0, []
     for batch in batches:
         seen += images
@@ -245,7 +245,7 @@ class Stream(Dataset):
         self.ends = np.cumsum([len(shards) for shards in self.folders])
         self._order: tuple[int, np.ndarray] | None = None  # the epoch it is of
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Iterator[Movable]:
         """Batches without end, from batch ``start`` on."""
         batches = DataLoader(
             self,
@@ -257,7 +257,7 @@ class Stream(Dataset):
         )
         return _watched(batches, self.config.max_skipped_share, self.config.images // self.world)
 
-    def __getitem__(self, n: int) -> Batch | _Unusable:
+    def __getitem__(self, n: int) -> Movable | _Unusable:
         mine = self.config.images // self.world
         first = n * self.config.images + self.rank * mine
         samples, skipped = [], []

@@ -31,6 +31,7 @@ class CaptioningConfig(Configured):
     prompt_tokens: Annotated[int, Field(ge=1)] = 4  # of the prompt, [CLS] included: these are given and not learned
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     generation: GenerationConfig = GenerationConfig()
+    java: bool = False  # METEOR and SPICE as well, which run Java
 
 
 class Task(nn.Module):

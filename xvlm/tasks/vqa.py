@@ -34,7 +34,8 @@ class VqaConfig(Configured):
     name: Literal["vqa"] = "vqa"
     decoder_layers: Annotated[int, Field(ge=1)] = 6  # at most the cross encoder's, whose weights they start with
     ask: Literal["rank", "write"] = "rank"  # how answers are got: from a list, or in the decoder's own words
-    answers: Path | None = None  # the list, a JSON array; null: all answers of the training questions
+    answers: Path | None = None  # the list, a JSON array; null: the commonest answers of the training questions
+    commonest: Annotated[int, Field(ge=1)] = 3128  # how many of these; as many as the reference's list has
     candidates: Annotated[int, Field(ge=1)] = 128  # answers of the list that are scored word by word
     # The reference adds the first word's log-probability to a sum that already contains it; its published accuracies
     # are measured so.
@@ -208,7 +209,7 @@ class Answered:
 
 
 def answer_list(config: VqaConfig, folders: Iterable[Path]) -> list[str]:
-    """The answers to choose from: those of ``config.answers``, or all of the training questions, the commonest first.
+    """The answers to choose from: those of ``config.answers``, or the commonest of the training questions.
 
     Raises:
         ValueError: the file is no list of texts, or there are no answers.
@@ -225,7 +226,7 @@ def answer_list(config: VqaConfig, folders: Iterable[Path]) -> list[str]:
                 total.update(question.answers)
     if not total:
         raise ValueError("task.answers: the training records have no answers to choose from")
-    return [answer for answer, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))]
+    return [answer for answer, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))][: config.commonest]
 
 
 @torch.inference_mode()
@@ -257,14 +258,10 @@ def ask(
 
 
 def numbers(rows: Sequence[Answered]) -> dict[str, float]:
-    """VQA accuracy, over all questions and by kind of answer.
-
-    Raises:
-        ValueError: no question with known answers.
-    """
+    """VQA accuracy, over all questions whose answers are known and by their kind; nothing where none are known."""
     known = [row for row in rows if row.given]
     if not known:
-        raise ValueError("nothing to score: no question has answers; its predictions can be submitted all the same")
+        return {}
     kinds = sorted({row.kind for row in known if row.kind})
     groups = {"accuracy": known} | {f"accuracy {kind}": [row for row in known if row.kind == kind] for kind in kinds}
     return {name: sum(row.accuracy for row in group) / len(group) for name, group in groups.items()}
