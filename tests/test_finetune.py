@@ -1,4 +1,4 @@
-"""What each fine-tuning task learns from and is asked: streams, rows, numbers; one run from training to scoring again."""
+"""What each fine-tuning task learns from and is asked: streams, rows, numbers; one run from training to scoring."""
 
 import importlib.util
 import json
