@@ -38,7 +38,7 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     world = distributed.world()
 
     def open_stream(start: int):
-        place = {"seed": config.train.seed, "rank": world.rank, "world": world.size}
+        place = {"seed": config.train.seed, "rank": world.rank, "world": world.size, "turns": config.train.accumulate}
         return config.recipe.stream(config.task, config.stream, processor, **place).batches(start)
 
     train.fit(task, {"train": open_stream}, config.train, config.optim, config.out, accelerator, fresh=fresh)

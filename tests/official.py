@@ -173,8 +173,8 @@ def checkpoint(
 
 def _momentum(state: State) -> State:
     """What ALBEF's training keeps in the file besides the model."""
-    parts = ("visual_encoder", "text_encoder", "text_decoder", "vision_proj", "text_proj")
-    copies = {name.replace(f"{part}.", f"{part}_m."): t for part in parts for name, t in state.items() if part in name}
+    averaged = ("visual_encoder", "text_encoder", "text_decoder", "vision_proj", "text_proj")
+    split = ((name.partition("."), tensor) for name, tensor in state.items())
+    copies = {f"{part}_m.{inside}": tensor for (part, _, inside), tensor in split if part in averaged}
     queues = {f"{side}_queue": torch.randn(8, 32) for side in ("image", "text")}
-    copies = {name: tensor for name, tensor in copies.items() if "_m." in name}
     return copies | queues | {"idx_queue": torch.full((1, 32), -100), "queue_ptr": torch.zeros(1, dtype=torch.long)}

@@ -25,7 +25,7 @@ from xvlm.tasks import captioning, nlvr, vqa
 ROOT = Path(__file__).parents[1]
 STILL = {"crop": "none", "hflip": 0.0, "randaugment": "none"}
 MIRRORED = {"crop": "none", "hflip": 1.0, "flip_words": "swap", "randaugment": "none"}
-PLACE = {"seed": 0, "rank": 0, "world": 1}
+PLACE = {"seed": 0, "rank": 0, "world": 1, "turns": 1}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_answers_belong_to_their_questions(folder, processor):
 
 def test_a_mirrored_image_has_mirrored_questions_and_answers(folder, processor):
     sample = vqa.Questions(stream_of(folder, "question", MIRRORED), processor, None, **PLACE).sample(
-        Shards(folder), 0, Random(0)
+        0, Shards(folder), 0, Random(0)
     )
     assert said(processor, sample.said[0].ids) == "where is the right star"
     assert [(said(processor, ids), weight) for ids, weight in sample.said[0].answers] == [
@@ -88,7 +88,7 @@ def test_a_mirrored_image_has_mirrored_questions_and_answers(folder, processor):
 def test_a_record_without_questions_is_named(folder, processor):
     questions = vqa.Questions(stream_of(folder, "question"), processor, None, **PLACE)
     with pytest.raises(BrokenSample, match="no question with an answer"):
-        questions.sample(Shards(folder), 1, Random(0))
+        questions.sample(1, Shards(folder), 1, Random(0))
 
 
 def test_the_answer_list(folder, tmp_path):

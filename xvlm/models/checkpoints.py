@@ -8,7 +8,7 @@ resized, or dropped for a reason.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from xvlm.models import convert, kinds, resize
+from xvlm.models import convert, kinds, resize, schema
 from xvlm.models.decoder import Answerer, AnswererConfig, Captioner, CaptionerConfig
 from xvlm.models.kinds import Config, Kind
 from xvlm.models.xvlm import XVLM, Pretrained, load_strictly, misfits
@@ -77,10 +77,11 @@ def load(path: Path | str) -> Pretrained:
     Raises:
         ValueError: as :func:`read`, or as :meth:`xvlm.XVLM.from_pretrained`.
     """
-    config = Path(path) / "config.json"
-    if config.exists():
-        kind = json.loads(config.read_text()).get("model", "XVLM")
-        return MODELS.get(kind, XVLM).from_pretrained(path)
+    if Path(path).is_dir():
+        kind = schema.kind(Path(path))
+        if kind not in MODELS:
+            raise ValueError(f"{path}: holds a model of kind {kind}; known are {', '.join(MODELS)}")
+        return MODELS[kind].from_pretrained(path)
     return build(read(path), path)
 
 
@@ -139,13 +140,10 @@ def official(
     """
     kind = kinds.kind(state)
     config = kinds.config(state, kind, image_size=image_size, heads=heads)
-
-    def rename(theirs: State) -> State:
-        return convert.official(theirs, config.text.text_layers, config.text.looks)
-
+    rename = partial(convert.official, text_layers=config.text.text_layers, looks=config.text.looks)
     ours, target = rename(state), _target(config)
     renamed = _places(state, rename)
-    dropped, unknown = _dropped(state.keys() - renamed.keys())
+    dropped, unknown = _dropped([name for name in state if name not in renamed])
     left = sorted(unknown + [name for name, new in renamed.items() if not target.keys() >= set(new)])
     missing = [name for name in target if name not in ours]
     if left or missing:
@@ -206,7 +204,7 @@ def _places(state: State, rename: Rename) -> dict[str, tuple[str, ...]]:
     return {name: tuple(new) for name, new in found.items() if new}
 
 
-def _dropped(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def _dropped(names: list[str]) -> tuple[dict[str, str], list[str]]:
     """Name -> why it has no place, and the names for which there is no reason."""
     why = {name: next((why for end, why in _DROPPED.items() if re.search(rf"({end})$", name)), "") for name in names}
     return {name: reason for name, reason in why.items() if reason}, [name for name in why if not why[name]]

@@ -105,7 +105,7 @@ def config(state: State, kind: Kind, *, image_size: int | None = None, heads: in
     if kind.task == "captioning":
         return CaptionerConfig(vision=vision, text=text)
     if kind.task == "vqa":
-        layers = _count(state, r"text_decoder\.(?:(?:ro)?bert\.)?encoder\.layer\.")
+        layers = _count(state, r"text_decoder\.(?:bert\.|roberta\.)?encoder\.layer\.")
         return AnswererConfig(vision=vision, text=text, decoder_layers=layers)
     there = {convert.HEADS.get(name.partition(".")[0]) for name in state}
     needed = there | set(HEADS[kind.task]) - ({"box_head"} if kind.albef else set())

@@ -85,10 +85,8 @@ class Captions(Stream):
         ValueError: the prompt has another number of tokens than the task takes for given.
     """
 
-    def __init__(
-        self, task: CaptioningConfig, config: StreamConfig, processor: Processor, *, seed: int, rank: int, world: int
-    ):
-        super().__init__(config, processor, None, seed, rank, world)
+    def __init__(self, task: CaptioningConfig, config: StreamConfig, processor: Processor, **place: int):
+        super().__init__(config, processor, None, **place)
         self.prompt = task.prompt
         given = len(start_of(processor, task.prompt))
         if given != task.prompt_tokens:

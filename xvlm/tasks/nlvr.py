@@ -172,7 +172,7 @@ class Left:
 class Pairs(Stream):
     """Records to statements, at most ``max_regions`` of each; both images are augmented, each in its own way."""
 
-    def sample(self, shards: Shards, i: int, rng: Random) -> Left:
+    def sample(self, place: int, shards: Shards, i: int, rng: Random) -> Left:
         record, image = read_image(shards, i)
         known = [statement for statement in record.statements if self.processor.has_words(statement.text)]
         if not known:

@@ -137,7 +137,7 @@ class Questions(Stream):
     Where the image is flipped, left and right are looked for in questions and answers.
     """
 
-    def sample(self, shards: Shards, i: int, rng: Random) -> Sample:
+    def sample(self, place: int, shards: Shards, i: int, rng: Random) -> Sample:
         record, image = read_image(shards, i)
         known = [question for question in record.questions if question.answers]
         chosen = rng.sample(known, min(self.config.max_regions, len(known)))
@@ -154,7 +154,7 @@ class Questions(Stream):
                 said.append(Asked(ids, ids, [False] * len(ids), whole, True, given))
         if not said:
             raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "the record has no question with an answer")
-        return Sample(record, to_tensor(seen.image), said)
+        return Sample(place, record, to_tensor(seen.image), said)
 
     def batch(self, texts: Sequence[tuple[Sample, Asked]], skipped: tuple[str, ...]) -> AnsweredBatch:
         batch = super().batch(texts, skipped)
