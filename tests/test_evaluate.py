@@ -6,11 +6,12 @@ import pytest
 import tiny
 import torch
 
-from xvlm import boxes, evaluate, probe
+from xvlm import boxes, evaluate, metrics, probe
 from xvlm.data import scenes
 from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.shards import Shards, write_shards
+from xvlm.tasks.pretraining import PretrainingConfig, Task
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_only_candidates_are_scored(world):
 
 def test_grounding_asks_every_expression_once_and_answers_in_pixels(world):
     model, processor, shards = world
-    answered = evaluate.grounding(model, processor, shards, range(8), batch_size=3)
+    answered = evaluate.grounding(Task(PretrainingConfig(), model), processor, shards, range(8), batch_size=3)
     wanted = [e.text for i in range(8) for e in shards.read(i)[0].expressions if e.box_xyxy]
     assert [query.text for query in answered] == wanted
     (some, images), *_ = list(records(shards, processor, [answered[0].index], 1))
@@ -73,9 +74,52 @@ def test_grounding_asks_every_expression_once_and_answers_in_pixels(world):
     torch.testing.assert_close(torch.tensor(answered[0].predicted_xyxy), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_rows_of_retrieval_give_its_numbers_again(world):
+    model, processor, shards = world
+    found = evaluate.retrieval(model, processor, shards, range(8), captions=2, top_k=3)
+    numbers = evaluate.retrieval_numbers(found.rows)
+    assert {name: pytest.approx(value) for name, value in found.numbers.items()}.items() <= numbers.items()
+    kept = [numbers[f"{way}_r{k}"] for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    assert numbers["r_mean"] == pytest.approx(sum(kept) / 6)
+
+
+def test_chance_of_retrieval_is_what_random_scores_get():
+    of = torch.arange(40) // 2
+    expected = {"image_to_text_r1": 2 / 40, "text_to_image_r1": 1 / 20, "text_to_image_r10": 0.5}
+    expected["image_to_text_r5"] = 1 - math.comb(38, 5) / math.comb(40, 5)
+    rows = [evaluate.Ranked("image_to_text", "", (2 * i, 2 * i + 1), (), (), 1.0) for i in range(20)]
+    rows += [evaluate.Ranked("text_to_image", "", (i // 2,), (), (), 1.0) for i in range(40)]
+    chance = evaluate.retrieval_chance(rows)
+    assert {name: chance[name] for name in expected} == {name: pytest.approx(value) for name, value in expected.items()}
+    measured = [metrics.recall_at_k(torch.rand(20, 40), of) for _ in range(300)]
+    for name, value in chance.items():
+        assert sum(one[name] for one in measured) / 300 == pytest.approx(value, abs=0.03)
+
+
+def query(predicted, true, *tags):
+    return evaluate.Query(0, "a phrase", (true,), tags, predicted)
+
+
+def test_referring_numbers_by_threshold_size_and_tag():
+    """IoU 1 of a small object, 0.75 of a medium one, 0.5 of a large one; by area 100 + 3000 + 10000 of 14100."""
+    answered = [
+        query((0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 10.0), "seen"),
+        query((0.0, 0.0, 40.0, 75.0), (0.0, 0.0, 40.0, 100.0), "seen", "left"),
+        query((0.0, 0.0, 100.0, 100.0), (0.0, 0.0, 100.0, 200.0), "left"),
+        query((0.0, 0.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0), "seen"),
+    ]
+    expected = {"acc@0.5": 3 / 4, "acc@0.7": 2 / 4, "acc@0.9": 1 / 4, "mean_iou": 2.25 / 4}
+    expected["overall_iou"] = (100 + 3000 + 10000) / (100 + 4000 + 20000 + 200)
+    expected |= {"acc@0.5 small": 1 / 2, "acc@0.5 medium": 1.0, "acc@0.5 large": 1.0}
+    expected |= {"acc@0.5 seen": 2 / 3, "acc@0.5 left": 1.0}
+    assert evaluate.referring_numbers(answered) == {name: pytest.approx(value) for name, value in expected.items()}
+    with pytest.raises(ValueError, match="no phrase with a box"):
+        evaluate.referring_numbers([])
+
+
 def test_right_answers_score_one(world):
     model, processor, shards = world
-    answered = evaluate.grounding(model, processor, shards, range(8))
+    answered = evaluate.grounding(Task(PretrainingConfig(), model), processor, shards, range(8))
     right = [evaluate.replace(query, predicted_xyxy=query.boxes_xyxy[0]) for query in answered]
     numbers = evaluate.grounding_numbers(right)
     assert (numbers["any_box_acc"], numbers["merged_box_acc"], numbers["mean_iou"]) == (1.0, 1.0, pytest.approx(1.0))
@@ -94,7 +138,7 @@ def test_probe_numbers_and_report(world, tmp_path):
     model, processor, shards = world
     where = probe.Slice(shards=shards.files[0].parent, tag="unseen")
     config = probe.ProbeConfig(slices={"unseen": where}, gallery=4, top_k=2)
-    numbers, answered = probe.probe(model, processor, config)
+    numbers, answered = probe.probe(Task(PretrainingConfig(), model), processor, config)
     assert {query.index % 2 for query in answered["unseen"]} == {1}  # every second test scene is an unseen one
     assert numbers["unseen"]["chance_text_to_image_r1"] == 0.25
     assert numbers["unseen"]["chance_image_to_text_r5"] == 1.0
@@ -109,6 +153,5 @@ def test_probe_numbers_and_report(world, tmp_path):
     assert '"seed": 7' in text and '"unseen/trained/any_box_acc"' in text and '"unseen/untrained/mean_iou"' in text
     assert "a title" in (tmp_path / "report.html").read_text()
     with pytest.raises(ValueError, match=r"no record in .* has the tag 'nonesuch'"):
-        probe.probe(
-            model, processor, config.model_copy(update={"slices": {"x": where.model_copy(update={"tag": "nonesuch"})}})
-        )
+        nowhere = {"slices": {"x": where.model_copy(update={"tag": "nonesuch"})}}
+        probe.probe(Task(PretrainingConfig(), model), processor, config.model_copy(update=nowhere))

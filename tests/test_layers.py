@@ -12,7 +12,7 @@ LAYERS = (
     {"losses", "metrics", "optim", "models", "data"},
     {"tasks", "zeroshot"},
     {"train", "engine", "states", "runlog", "evaluate", "grounder", "presence", "embed"}
-    | {"viz", "report", "bench", "probe"},
+    | {"viz", "report", "bench", "probe", "run"},
 )
 FREE = {"__init__", "__main__"}  # choose and wire
 ONLY_IN = {"accelerate": {"train", "engine", "runlog"}, "torch.distributed": {"distributed"}}

@@ -88,6 +88,14 @@ def test_grounding_accuracy_includes_the_threshold():
     assert metrics.mean_iou(predicted, target) == pytest.approx(1.9 / 3)
 
 
+def test_overall_iou_weighs_by_area():
+    """One tenth of the area found exactly, nothing of the rest: 0.1 overall, 0.5 per box (mean)."""
+    predicted = torch.tensor([[0.0, 0, 10, 10], [0, 0, 0, 0]])
+    target = torch.tensor([[0.0, 0, 10, 10], [0, 0, 30, 30]])
+    assert metrics.overall_iou(predicted, target) == pytest.approx(0.1)
+    assert metrics.mean_iou(predicted, target) == pytest.approx(0.5)
+
+
 def test_any_box_and_merged_box_find_different_phrases():
     two = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10]])
     one_of_them, around_both = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 30, 10]])
@@ -121,7 +129,7 @@ def test_phrases_that_cannot_be_scored():
         metrics.phrase_grounding(box, [torch.zeros(0, 4)])
     with pytest.raises(ValueError, match="1 predicted boxes, but targets of 2"):
         metrics.phrase_grounding(box, [box, box])
-    for score in (metrics.grounding_accuracy, metrics.mean_iou):
+    for score in (metrics.grounding_accuracy, metrics.mean_iou, metrics.overall_iou):
         with pytest.raises(ValueError, match="nothing to score"):
             score(torch.zeros(0, 4), torch.zeros(0, 4))
 

@@ -118,7 +118,7 @@ def test_batches_do_not_depend_on_workers_or_start(folders, processor, grain):
 
 def test_a_stream_can_be_sent_to_a_process(folders, processor):
     config = stream(folders)
-    sent = pickle.loads(pickle.dumps(pretrain._Stream(config, processor, WordMasking(), 0, 0, 1, 1)))
+    sent = pickle.loads(pickle.dumps(pretrain.Stream(config, processor, WordMasking(), 0, 0, 1, 1)))
     assert same(sent[3], batches(config, processor, 1, start=3)[0])
 
 

@@ -121,9 +121,10 @@ def dump_config(config: BaseModel) -> str:
 
 def _explain(config: type[BaseModel], error: Any) -> str:
     *parents, last = error["loc"] or ("",)
-    key = ".".join(str(part) for part in error["loc"])
+    model, named = _model_at(config, parents)
+    key = ".".join([*named, str(last)])
     if error["type"] == "extra_forbidden":
-        known = _fields_at(config, parents)
+        known = list(model.model_fields)
         nearest = difflib.get_close_matches(str(last), known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
@@ -134,16 +135,22 @@ def _explain(config: type[BaseModel], error: Any) -> str:
     return f"{key}: {message}{found}" if key else f"{message}{found}"
 
 
-def _fields_at(config: type[BaseModel], path: Sequence[Any]) -> list[str]:
-    """Field names of the model that a location leads to, through optional and list types."""
+def _model_at(config: type[BaseModel], path: Sequence[Any]) -> tuple[type[BaseModel], list[str]]:
+    """The model that a location leads to, through optional, list and tagged union types; the location without tags."""
+    choices, named = [config], []
     for part in path:
-        field = config.model_fields.get(str(part))
-        if field is None:
-            continue  # an index into a list, or a union's tag
-        found = _models_in(field.annotation)
-        if found:
-            config = found[0]
-    return list(config.model_fields)
+        tagged = [model for model in choices if len(choices) > 1 and part in _tags(model)]
+        if tagged:
+            choices = tagged
+            continue
+        named.append(str(part))
+        field = choices[0].model_fields.get(str(part))  # none: an index into a list
+        choices = (_models_in(field.annotation) if field else []) or choices
+    return choices[0], named
+
+
+def _tags(model: type[BaseModel]) -> list[Any]:
+    return [value for field in model.model_fields.values() for value in get_args(field.annotation)]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

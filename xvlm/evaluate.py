@@ -2,14 +2,15 @@
 
 Each example is scored exactly once whatever the number of processes: pairs, phrases and regions are split over ranks
 and the results are gathered (a retrieval gallery is encoded by every rank; scoring its pairs is what costs). Every
-protocol returns numbers and the rows they were computed from, best drawn rather than read. Texts without a word take no
-part; they are counted and logged.
+protocol returns the rows that its numbers are computed from, so that they can be kept and scored again. Texts without a
+word take no part; they are counted and logged.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +23,62 @@ from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor
 from xvlm.data.records import Record, Region
 from xvlm.data.shards import Shards
+from xvlm.grounder import Method
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Concepts, Regions, Words
 
 T = TypeVar("T")
+Numbers = dict[str, float]
+# Numbers of records in their shards, the records and their images -> what is predicted about each record.
+Predict = Callable[[Sequence[int], Sequence[Record], Float[Tensor, "image 3 height width"]], Sequence[Sequence[T]]]
 
 logger = logging.getLogger(__name__)
 
+
+@torch.inference_mode()
+def each_once(
+    predict: Predict[T], processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int
+) -> list[T]:
+    """What is predicted about each of some records, in their order; the processes share the work, all have the rows."""
+    world = distributed.world()
+    mine = list(indices)[world.rank :: world.size]
+    position = {shards.key(i): i for i in mine}
+    rows: list[tuple[int, Sequence[T]]] = []
+    for some, images in records(shards, processor, mine, batch_size):
+        numbers = [position[record.id] for record in some]
+        rows += zip(numbers, predict(numbers, some, images), strict=True)
+    everyone = [row for part in distributed.gather_objects(rows) for row in part]
+    place = {i: n for n, i in enumerate(indices)}
+    return [row for _, answers in sorted(everyone, key=lambda row: place[row[0]]) for row in answers]
+
+
 # Retrieval.
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A retrieval query and its best candidates by matching score, best first; images and texts by their numbers."""
+
+    direction: Literal["image_to_text", "text_to_image"]
+    query: str  # id of the image's record, or the text
+    right: tuple[int, ...]
+    candidates: tuple[int, ...]
+    scores: tuple[float, ...]
+    rank_by_contrast: float  # of the best right one among all, by similarity alone
+
+    @property
+    def rank(self) -> float:
+        """Of the best right candidate, counted as in :func:`xvlm.metrics.ranks`."""
+        scores, right = torch.tensor([self.scores]), torch.tensor([[c in self.right for c in self.candidates]])
+        return metrics.ranks(scores, right).item()
 
 
 @dataclass(frozen=True)
 class Retrieved:
     """``scores`` are -inf for pairs that were no candidates; ``text_image`` is the row of each text's own image."""
 
-    numbers: dict[str, float]
+    numbers: Numbers
+    rows: list[Ranked]
     scores: Float[Tensor, "image text"]
     texts: list[str]
     text_image: Int[Tensor, "text"]
@@ -89,7 +131,55 @@ def retrieval(
         numbers |= {name: value for name, value in ranked.items() if name.startswith(direction)}
     contrast = metrics.recall_at_k(similarity, of)
     numbers |= {f"{name}_without_reranking": value for name, value in contrast.items()}
-    return Retrieved(numbers, torch.maximum(by_image, by_text), texts, of, gallery_indices)
+    own = of == torch.arange(len(gallery_indices))[:, None]
+    names = [shards.key(i) for i in gallery_indices]
+    rows = _ranked("image_to_text", names, by_image, similarity, own)
+    rows += _ranked("text_to_image", texts, by_text.T, similarity.T, own.T)
+    return Retrieved(numbers, rows, torch.maximum(by_image, by_text), texts, of, gallery_indices)
+
+
+KEPT = 100  # candidates of a query that its row keeps
+
+
+def _ranked(
+    direction: Literal["image_to_text", "text_to_image"],
+    queries: Sequence[str],
+    scores: Float[Tensor, "query candidate"],
+    similarity: Float[Tensor, "query candidate"],
+    own: Bool[Tensor, "query candidate"],
+) -> list[Ranked]:
+    best = scores.sort(dim=1, descending=True, stable=True)
+    found = (best.values > -torch.inf).sum(1).clamp(max=KEPT).tolist()
+    rows = []
+    for q, rank in enumerate(metrics.ranks(similarity, own).tolist()):
+        candidates, values = best.indices[q, : found[q]].tolist(), best.values[q, : found[q]].tolist()
+        right = tuple(own[q].nonzero()[:, 0].tolist())
+        if right:  # an image without a text is no query
+            rows.append(Ranked(direction, queries[q], right, tuple(candidates), tuple(values), rank))
+    return rows
+
+
+def retrieval_numbers(rows: Sequence[Ranked], ks: Sequence[int] = (1, 5, 10)) -> Numbers:
+    """R@k in both directions, re-ranked and by contrast alone, and the mean of the re-ranked ones (X-VLM's r_mean)."""
+    numbers = {}
+    for suffix, rank_of in (("", lambda row: row.rank), ("_without_reranking", lambda row: row.rank_by_contrast)):
+        for direction in ("image_to_text", "text_to_image"):
+            ranks = [rank_of(row) for row in rows if row.direction == direction]
+            numbers |= {f"{direction}_r{k}{suffix}": sum(rank <= k for rank in ranks) / len(ranks) for k in ks}
+        if not suffix:
+            numbers["r_mean"] = sum(numbers.values()) / len(numbers)
+    return numbers
+
+
+def retrieval_chance(rows: Sequence[Ranked], ks: Sequence[int] = (1, 5, 10)) -> Numbers:
+    """What a random order of the gallery gives."""
+    per_image = [len(row.right) for row in rows if row.direction == "image_to_text"]
+    images, texts = len(per_image), sum(per_image)
+    numbers = {f"text_to_image_r{k}": min(1.0, k / images) for k in ks}
+    for k in ks:
+        missed = [math.prod(max(0, texts - own - i) / (texts - i) for i in range(min(k, texts))) for own in per_image]
+        numbers[f"image_to_text_r{k}"] = 1 - sum(missed) / images
+    return numbers
 
 
 @torch.inference_mode()
@@ -150,59 +240,105 @@ class Query:
     tags: tuple[str, ...] = ()
     predicted_xyxy: tuple[float, float, float, float] | None = None
     presence: float | None = None
+    record: str = ""
 
     @property
     def iou(self) -> float:
         """Overlap of the predicted box with the box around all the true ones (the merged box)."""
-        return float(boxes.iou(torch.tensor(self.predicted_xyxy), boxes.merge(torch.tensor(self.boxes_xyxy))))
+        return float(boxes.iou(torch.tensor(self.predicted_xyxy), self.merged_xyxy))
+
+    @property
+    def merged_xyxy(self) -> Float[Tensor, "4"]:
+        return boxes.merge(torch.tensor(self.boxes_xyxy))
 
 
-@torch.inference_mode()
 def grounding(
-    model: XVLM, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int = 32
+    method: Method, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int = 32
 ) -> list[Query]:
-    """Ask the box head for every phrase of every record (see :func:`queries`); numbers: :func:`grounding_numbers`."""
-    world = distributed.world()
-    mine = list(indices)[world.rank :: world.size]
-    position = {shards.key(i): i for i in mine}
-    answered: list[Query] = []
-    for some, images in records(shards, processor, mine, batch_size):
-        concepts = model.encode_image(images.to(_device(model)))
+    """Ask for every phrase of every record (see :func:`queries`); the first box of an answer counts."""
+
+    def predict(
+        numbers: Sequence[int], some: Sequence[Record], images: Float[Tensor, "image 3 height width"]
+    ) -> list[list[Query]]:
+        concepts = method.encode(images.to(method.device))
         asked = [
             (i, query)
             for i, record in enumerate(some)
-            for query in _with_words(processor, queries(record, position[record.id]), lambda query: query.text, record)
+            for query in _with_words(processor, queries(record, numbers[i]), lambda query: query.text, record)
         ]
+        answered: list[list[Query]] = [[] for _ in some]
         for part in _chunks(asked, 256):
-            about = torch.tensor([i for i, _ in part], device=_device(model))
-            fused = model.fuse(_encode_texts(model, processor, [query.text for _, query in part]), concepts, about)
-            located = boxes.cxcywh_to_xyxy(model.locate(fused).float()).clamp(0, 1).cpu()
-            located = located * torch.tensor([[some[i].width, some[i].height] * 2 for i, _ in part])
-            presence = model.match(fused).float().softmax(-1)[:, 1].tolist()
-            answered += [
-                replace(query, predicted_xyxy=tuple(box), presence=p)
-                for (_, query), box, p in zip(part, located.tolist(), presence, strict=True)
-            ]
-    return [query for rows in distributed.gather_objects(answered) for query in rows]
+            about = torch.tensor([i for i, _ in part], device=method.device)
+            texts = processor.texts([query.text for _, query in part]).to(method.device)
+            for (i, query), found in zip(part, method.ground(texts, concepts, about), strict=True):
+                box = found.boxes_xyxy[0].cpu() * torch.tensor([some[i].width, some[i].height] * 2)
+                answered[i].append(replace(query, predicted_xyxy=tuple(box.tolist()), presence=found.presence))
+        return answered
+
+    return each_once(predict, processor, shards, indices, batch_size=batch_size)
 
 
 def queries(record: Record, index: int) -> Iterator[Query]:
-    """A record's referring expressions that have a box; without expressions, its caption phrases with boxes."""
+    """A record's referring expressions that have a box; without any, its caption phrases with boxes; without these, the
+    first description of each region."""
     for expression in record.expressions:
         if expression.box_xyxy is not None:
-            yield Query(index, expression.text, (expression.box_xyxy,), tuple(expression.tags))
+            yield Query(index, expression.text, (expression.box_xyxy,), tuple(expression.tags), record=record.id)
     if not record.expressions:
         for phrase in record.phrases:
             if phrase.boxes_xyxy:
                 text = record.captions[phrase.caption][phrase.start : phrase.end]
-                yield Query(index, text, tuple(phrase.boxes_xyxy))
+                yield Query(index, text, tuple(phrase.boxes_xyxy), record=record.id)
+    if not record.expressions and not record.phrases:
+        for region in record.regions:
+            yield Query(index, region.descriptions[0], (region.box_xyxy,), record=record.id)
 
 
-def grounding_numbers(answered: Sequence[Query]) -> dict[str, float]:
+def grounding_numbers(answered: Sequence[Query]) -> Numbers:
     """acc@0.5 against any of a phrase's boxes and against the box around them all, and the mean IoU with the latter."""
-    predicted = torch.tensor([query.predicted_xyxy for query in answered])
+    predicted, merged = _boxes(answered)
     numbers = metrics.phrase_grounding(predicted, [torch.tensor(query.boxes_xyxy) for query in answered])
-    return {**numbers, "mean_iou": sum(query.iou for query in answered) / len(answered), "phrases": len(answered)}
+    return {**numbers, "mean_iou": metrics.mean_iou(predicted, merged), "phrases": len(answered)}
+
+
+# COCO's areas in pixels: 32² and 96².
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}
+
+
+def referring_numbers(answered: Sequence[Query]) -> Numbers:
+    """Referring expressions: acc@0.5, 0.7 and 0.9, mean IoU (per phrase) and overall IoU (of summed areas); acc@0.5 of
+    small, medium and large objects, by COCO's areas, and of every tag.
+
+    The truth is the box around all of a phrase's boxes; an IoU equal to the threshold counts.
+    """
+    predicted, merged = _boxes(answered)
+    numbers = {f"acc@{t}": metrics.grounding_accuracy(predicted, merged, t) for t in (0.5, 0.7, 0.9)}
+    numbers |= {"mean_iou": metrics.mean_iou(predicted, merged), "overall_iou": metrics.overall_iou(predicted, merged)}
+    area = boxes.area(merged)
+    parts = {f"acc@0.5 {size}": (area >= least) & (area < most) for size, (least, most) in SIZES.items()}
+    for tag in sorted({tag for query in answered for tag in query.tags}):
+        parts[f"acc@0.5 {tag}"] = torch.tensor([tag in query.tags for query in answered])
+    for name, part in parts.items():
+        if part.any():
+            numbers[name] = metrics.grounding_accuracy(predicted[part], merged[part])
+    return numbers
+
+
+def whole_images(answered: Sequence[Query], shards: Shards) -> list[Query]:
+    """The same phrases answered with the whole image: what grounding is compared with."""
+    sizes = {i: shards.read(i)[0] for i in {query.index for query in answered}}
+    return [
+        replace(query, predicted_xyxy=(0.0, 0.0, float(sizes[query.index].width), float(sizes[query.index].height)))
+        for query in answered
+    ]
+
+
+def _boxes(answered: Sequence[Query]) -> tuple[Float[Tensor, "query 4"], Float[Tensor, "query 4"]]:
+    """Predicted boxes, and the boxes around all the true ones."""
+    if not answered:
+        raise ValueError("nothing to score: no phrase with a box")
+    predicted = torch.tensor([query.predicted_xyxy for query in answered])
+    return predicted, torch.stack([query.merged_xyxy for query in answered])
 
 
 # Telling the regions of one image apart.

@@ -5,9 +5,8 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from xvlm import evaluate, hub, report, runlog, viz
 from xvlm.config import Configured
 from xvlm.data.processor import Processor, decode_image
 from xvlm.data.shards import BrokenSample, Shards
+from xvlm.grounder import Method
 from xvlm.models.xvlm import XVLM
 
 Numbers = dict[str, float]
@@ -40,12 +40,19 @@ class ProbeConfig(Configured):
     untrained: bool = True  # also measure the model as it starts
 
 
-def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[str, Numbers], dict[str, list]]:
+@runtime_checkable
+class Probed(Method, Protocol):
+    """A model with all its heads, and a way to ground with it: the task that it is pre-trained for."""
+
+    model: XVLM
+
+
+def probe(task: Probed, processor: Processor, config: ProbeConfig) -> tuple[dict[str, Numbers], dict[str, list]]:
     """Numbers per slice, and per slice the answered grounding queries (for drawing).
 
     What a slice says nothing about (no captions, no boxes) is not measured.
     """
-    was_training = model.training
+    model, was_training = task.model, task.model.training
     model.eval()
     numbers, answered = {}, {}
     for name, part in config.slices.items():
@@ -57,10 +64,12 @@ def probe(model: XVLM, processor: Processor, config: ProbeConfig) -> tuple[dict[
         if shards.counts["captions"]:
             gallery = indices[: config.gallery]
             found = evaluate.retrieval(model, processor, shards, gallery, captions=config.captions, top_k=config.top_k)
-            numbers[name] |= found.numbers | _retrieval_chance(len(found.indices), len(found.texts))
-        answered[name] = evaluate.grounding(model, processor, shards, indices[: config.grounding])
+            numbers[name] |= found.numbers | _as_chance(evaluate.retrieval_chance(found.rows))
+        answered[name] = evaluate.grounding(task, processor, shards, indices[: config.grounding])
         if answered[name]:
-            numbers[name] |= evaluate.grounding_numbers(answered[name]) | _grounding_chance(shards, answered[name])
+            whole = evaluate.grounding_numbers(evaluate.whole_images(answered[name], shards))
+            del whole["phrases"]
+            numbers[name] |= evaluate.grounding_numbers(answered[name]) | _as_chance(whole)
         numbers[name] |= _regions(evaluate.region_matching(model, processor, shards, indices[: config.grounding]))
     model.train(was_training)
     return numbers, answered
@@ -78,27 +87,8 @@ def _regions(numbers: Numbers) -> Numbers:
     return accuracy | {f"chance_{key}": numbers["chance"] for key in accuracy}
 
 
-def _retrieval_chance(images: int, texts: int) -> Numbers:
-    """What a random order of the gallery gives."""
-    per_image = texts / images
-    chance = {}
-    for k in (1, 5, 10):
-        chance[f"chance_text_to_image_r{k}"] = min(1.0, k / images)
-        missed = 1.0
-        for i in range(min(k, texts)):
-            missed *= max(0.0, texts - per_image - i) / (texts - i)
-        chance[f"chance_image_to_text_r{k}"] = 1 - missed
-    return chance
-
-
-def _grounding_chance(shards: Shards, answered: list[evaluate.Query]) -> Numbers:
-    """What the whole image gives as every phrase's box."""
-    sizes = {i: shards.read(i)[0] for i in {query.index for query in answered}}
-    whole = [
-        replace(query, predicted_xyxy=(0.0, 0.0, float(sizes[query.index].width), float(sizes[query.index].height)))
-        for query in answered
-    ]
-    return {f"chance_{name}": v for name, v in evaluate.grounding_numbers(whole).items() if name != "phrases"}
+def _as_chance(numbers: Numbers) -> Numbers:
+    return {f"chance_{name}": value for name, value in numbers.items()}
 
 
 MEASURES = {

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from xvlm import distributed, hub
 from xvlm.config import ConfigError
-from xvlm.types import Batch
+from xvlm.types import Movable
 
 
 class Log:
@@ -47,7 +47,7 @@ class Log:
         self.counts: dict[str, int] = {}
         self.images, self.texts, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], parts: list[dict[str, Batch]], waited: float) -> None:
+    def add(self, losses: dict[str, Tensor], parts: list[dict[str, Movable]], waited: float) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1

@@ -35,14 +35,14 @@ from xvlm.engine import Engine
 from xvlm.optim import OptimConfig, lr_factor, set_lr
 from xvlm.runlog import Best, Log, Validation
 from xvlm.states import Progress
-from xvlm.types import Batch
+from xvlm.types import Movable
 
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
 # Fields, by the end of their names, that a run may be continued with other values of: they change nothing it learns.
 FREE = (".workers", ".cache.folder", ".cache.gigabytes", ".save_every", ".keep", ".log_every", ".trackers")
 
 # A stream of batches from the given update on. An update reads as many as take turns (``TrainConfig.accumulate``).
-Open = Callable[[int], Iterator[Batch]]
+Open = Callable[[int], Iterator[Movable]]
 
 
 class TrainConfig(Configured):
@@ -157,12 +157,10 @@ def fit(
     economies = {"checkpoint": config.gradient_checkpointing, "compile": config.compile}
     engine = Engine(task, optim, accelerator, fresh=fresh, ema=config.ema, **economies)
     if engine.deepspeed and config.accumulate > 1:
-        raise ConfigError(
-            "train.accumulate: DeepSpeed updates the weights after every backward pass"
-        )
+        raise ConfigError("train.accumulate: DeepSpeed updates the weights after every backward pass")
     begun, positions, seen = states.restore(out, engine) or Progress(0, dict.fromkeys(streams, 0), {})
     step = begun
-    opened: dict[str, Iterator[Batch]] = {}
+    opened: dict[str, Iterator[Movable]] = {}
     log = Log(out, accelerator, step, seen, every=config.log_every, last=config.steps)
     best = None if validation is None or config.validate_every is None else Best(out, accelerator, step, config.best)
     stop = _StopRequest()
@@ -203,7 +201,7 @@ def fit(
 
 def _update(
     model: nn.Module,
-    parts: list[dict[str, Batch]],
+    parts: list[dict[str, Movable]],
     optimizer: torch.optim.Optimizer,
     optim: OptimConfig,
     accelerator: Accelerator,
@@ -213,7 +211,7 @@ def _update(
     turns = distributed.Turns(len(parts))
     sums: dict[str, Tensor] = {}
 
-    def losses_of(part: dict[str, Batch]) -> dict[str, Tensor]:
+    def losses_of(part: dict[str, Movable]) -> dict[str, Tensor]:
         seed()
         with accelerator.autocast():
             return model({stream: batch.to(accelerator.device) for stream, batch in part.items()})

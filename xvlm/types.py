@@ -45,6 +45,13 @@ class Regions(Movable):
     boxes_xywh: Float[Tensor, "text 4"]  # pixels of the image; decides patches (see boxes.patch_mask)
     whole: Bool[Tensor, "text"]  # true: about the whole image, has no box to predict
 
+    @classmethod
+    def whole_images(cls, image: Int[Tensor, "text"], size: tuple[int, int]) -> "Regions":
+        """Texts about all of an image of ``size`` (height, width) each."""
+        boxes_cxcywh = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(len(image), 1)
+        boxes_xywh = torch.tensor([0.0, 0.0, size[1], size[0]]).repeat(len(image), 1)
+        return cls(image, boxes_cxcywh, boxes_xywh, torch.ones(len(image), dtype=torch.bool))
+
 
 @dataclass(frozen=True)
 class Batch(Movable):

@@ -32,9 +32,9 @@ from xvlm.data.records import Box, Object, Record
 from xvlm.data.shards import BrokenSample, Shards
 from xvlm.data.transforms import AugmentConfig, augment, targets
 from xvlm.data.words import WordMasking, mask_words
-from xvlm.types import Batch, Masked, Regions
+from xvlm.types import Batch, Masked, Movable, Regions
 
-Grain = Literal["caption", "region"]
+Grain = Literal["caption", "region", "question", "statement"]
 Kind = Literal["region", "object", "phrase", "expression"]
 Kinds = Annotated[list[Kind], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -60,7 +60,11 @@ class SourceConfig(Configured):
 
 
 class StreamConfig(Configured):
-    """One stream of batches. Of ``augment``, a region stream has its own defaults: keep_box, colour."""
+    """One stream of batches. Of ``augment``, a region stream has its own defaults: keep_box, colour.
+
+    Questions and statements are what fine-tuning reads, see :mod:`xvlm.tasks.vqa` and :mod:`xvlm.tasks.nlvr`; of what
+    is said below about texts, ``images``, ``max_regions`` and ``max_texts`` concern them.
+    """
 
     shards: Entries | None = None  # packed folders, or tars: see xvlm/data/tars.py; read as one
     sources: dict[str, SourceConfig] | None = None  # instead of `shards`: several, mixed by weight
@@ -145,24 +149,10 @@ def loader(
         OSError: see :class:`Shards` and :func:`locate`.
         UnusableData: (while reading) a batch for which no usable sample is found, or too many skipped; names them.
     """
-    for name in ("images", "max_texts"):
-        if (getattr(config, name) or 0) % (world * turns):
-            among = f"{world} processes" + (f" with {turns} turns each" if turns > 1 else "")
-            raise ValueError(f"{name}: {getattr(config, name)} cannot be divided among {among}")
-    stream = _Stream(config, processor, masking, seed, rank, world, turns)
-    batches = DataLoader(
-        stream,
-        batch_size=None,  # the stream's items are batches already
-        sampler=count(start * turns),
-        num_workers=config.workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_interrupts_to_the_parent,
-        generator=torch.Generator(),  # else opening a stream draws from the run's, whose dropout then depends on when
-    )
-    return _watched(batches, config.max_skipped_share, config.images // (world * turns))
+    return Stream(config, processor, masking, seed, rank, world, turns).batches(start)
 
 
-def _as_it_is(batch: "Batch | _Unusable") -> "Batch | _Unusable":
+def _as_it_is(batch: "Movable | _Unusable") -> "Movable | _Unusable":
     return batch
 
 
@@ -177,7 +167,7 @@ class _Unusable:
     skipped: tuple[str, ...]
 
 
-def _watched(batches: "DataLoader[Batch | _Unusable]", max_share: float, images: int) -> Iterator[Batch]:
+def _watched(batches: "DataLoader[Movable | _Unusable]", max_share: float, images: int) -> Iterator[Movable]:
     seen, lost, named = 0, 0, []
     for batch in batches:
         seen += images
@@ -199,23 +189,27 @@ def _watched(batches: "DataLoader[Batch | _Unusable]", max_share: float, images:
 
 
 @dataclass(frozen=True)
-class _Said:
+class Said:
     """One text as ids, with its words hidden, what kind it is, and where in the image: pixels."""
 
     ids: list[int]
     masked: list[int]
     hidden: list[bool]
-    kind: Literal["caption", Kind]
+    kind: Literal["caption", "question", Kind]
     box_xywh: list[float]
+
+    @property
+    def whole(self) -> bool:
+        return self.kind in ("caption", "question")
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     place: int  # in the order of the run
     record: Record
     source: str
     pixels: UInt8[Tensor, "3 height width"]
-    said: list[_Said]
+    said: list[Said]
 
 
 def read_image(shards: Shards, i: int) -> tuple[Record, Image.Image]:
@@ -273,8 +267,11 @@ def _object_text(thing: Object, attributes: Literal["one", "all", "some"], rng: 
     return " ".join([*chosen, thing.label])
 
 
-class _Stream(Dataset):
-    """Item n is turn ``n % turns`` of this process's part of batch ``n // turns``."""
+class Stream(Dataset):
+    """Item n is turn ``n % turns`` of this process's part of batch ``n // turns``; see :func:`loader`.
+
+    What is made of a record (:meth:`sample`) and of the samples (:meth:`batch`) is for a task to choose.
+    """
 
     def __init__(
         self,
@@ -286,6 +283,10 @@ class _Stream(Dataset):
         world: int,
         turns: int,
     ):
+        for name in ("images", "max_texts"):
+            if (getattr(config, name) or 0) % (world * turns):
+                among = f"{world} processes" + (f" with {turns} turns each" if turns > 1 else "")
+                raise ValueError(f"{name}: {getattr(config, name)} cannot be divided among {among}")
         self.config, self.processor, self.masking = config, processor, masking
         self.seed, self.rank, self.turns, self.parts = seed, rank, turns, world * turns
         self.folders = {
@@ -295,11 +296,24 @@ class _Stream(Dataset):
         sizes = {name: [size for shards in folders for size in shards.sizes] for name, folders in self.folders.items()}
         self.order = Mixture(sizes, {name: source.weight for name, source in config.mixture.items()}, seed)
 
-    def __getitem__(self, item: int) -> Batch | _Unusable:
+    def batches(self, start: int) -> Iterator[Movable]:
+        """Batches without end, from batch ``start`` of the run on."""
+        batches = DataLoader(
+            self,
+            batch_size=None,  # the stream's items are batches already
+            sampler=count(start * self.turns),
+            num_workers=self.config.workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            generator=torch.Generator(),  # else opening a stream draws from the run's, whose dropout depends on when
+        )
+        return _watched(batches, self.config.max_skipped_share, self.config.images // self.parts)
+
+    def __getitem__(self, item: int) -> Movable | _Unusable:
         samples, skipped = [], []
         for place in self._places(item):
             try:
-                samples.append(self._sample(place))
+                samples.append(self._read(place))
             except BrokenSample as broken:
                 file = "/".join(broken.shard.split("/")[-2:])
                 skipped.append(f"{file}/{broken.key}: {broken.reason}")
@@ -310,7 +324,7 @@ class _Stream(Dataset):
             n, turn = divmod(item, self.turns)
             rng = Random(f"{self.seed} texts {n} {self.rank * self.turns + turn} {self.config.grain}")
             texts = [texts[i] for i in sorted(rng.sample(range(len(texts)), most))]
-        return self._batch(texts, tuple(skipped)) if texts else _Unusable(tuple(skipped))
+        return self.batch(texts, tuple(skipped)) if texts else _Unusable(tuple(skipped))
 
     def _places(self, item: int) -> range:
         """Where in the order of the run the samples of an item are."""
@@ -319,22 +333,34 @@ class _Stream(Dataset):
         first = n * self.config.images + (self.rank * self.turns + turn) * mine
         return range(first, first + mine)
 
-    def _stand_in(self, item: int) -> list[_Sample]:
+    def _stand_in(self, item: int) -> list[Sample]:
         """The next sample of the same turn with a text that can be used, if it is near."""
         later = chain.from_iterable(map(self._places, count(item + self.turns, self.turns)))
         for place in islice(later, STAND_INS):
             with suppress(BrokenSample):  # it is named when its turn comes
-                sample = self._sample(place)
+                sample = self._read(place)
                 if sample.said:
                     return [sample]
         return []
 
-    def _sample(self, place: int) -> _Sample:
-        config, size = self.config, self.processor.config.image_size
+    def _read(self, place: int) -> Sample:
         source, epoch, index = self.order.at(place)
-        shards, i = self._find(source, index)
+        rng = Random(f"{self.seed} {epoch} {index} {self.config.grain}{source}")
+        return self.sample(place, source, *self._find(source, index), rng)
+
+    def sample(self, place: int, source: str, shards: Shards, i: int, rng: Random) -> Sample:
+        """An image with texts about it, as the model is to see them.
+
+        Args:
+            place: of the sample in the order of the run.
+            source: its name in a mixture, else empty.
+            i: the sample's number in ``shards``.
+
+        Raises:
+            BrokenSample: it cannot be used.
+        """
+        config, size = self.config, self.processor.config.image_size
         record, image = read_image(shards, i)
-        rng = Random(f"{self.seed} {epoch} {index} {config.grain}{source}")
         captioned = bool(record.captions) and (config.grain == "caption" or config.with_caption)
         captions = _captions(record, config, rng) if captioned else []
         kinds = self.kinds[source]
@@ -357,7 +383,7 @@ class _Stream(Dataset):
         said = self._said(wanted, rng)
         if not said and wanted:
             raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "no text has words once it is cleaned")
-        return _Sample(place, record, source or record.source, to_tensor(seen.image), said)
+        return Sample(place, record, source or record.source, to_tensor(seen.image), said)
 
     def _find(self, source: str, index: int) -> tuple[Shards, int]:
         """The folder that holds a sample of a source, and the sample's number in it."""
@@ -367,9 +393,9 @@ class _Stream(Dataset):
             index -= len(shards)
         raise IndexError(f"source {source!r} has no sample {index} more")
 
-    def _said(self, wanted: Sequence[tuple[Literal["caption", Kind], str, list[float]]], rng: Random) -> list[_Said]:
+    def _said(self, wanted: Sequence[tuple[Literal["caption", Kind], str, list[float]]], rng: Random) -> list[Said]:
         """The first ``max_regions`` texts that have words."""
-        said: list[_Said] = []
+        said: list[Said] = []
         for kind, text, box_xywh in wanted:
             if len(said) == self.config.max_regions:
                 break
@@ -382,12 +408,12 @@ class _Stream(Dataset):
                 masked, hidden = mask_words(
                     ids, continues, self.masking, rng, self.processor.mask_id, self.processor.vocab_size
                 )
-            said.append(_Said(ids, masked, hidden, kind, box_xywh))
+            said.append(Said(ids, masked, hidden, kind, box_xywh))
         return said
 
-    def _batch(self, texts: Sequence[tuple[_Sample, _Said]], skipped: tuple[str, ...]) -> Batch:
+    def batch(self, texts: Sequence[tuple[Sample, Said]], skipped: tuple[str, ...]) -> Batch:
         """Images that have a text left, with their texts."""
-        samples: list[_Sample] = []
+        samples: list[Sample] = []
         for sample, _ in texts:
             if not samples or samples[-1] is not sample:
                 samples.append(sample)
@@ -409,7 +435,7 @@ class _Stream(Dataset):
                 image=torch.tensor([number[id(sample)] for sample, _ in texts]),
                 boxes_cxcywh=targets(boxes_xywh, self.processor.config.image_size),
                 boxes_xywh=boxes_xywh,
-                whole=torch.tensor([said.kind == "caption" for _, said in texts]),
+                whole=torch.tensor([said.whole for _, said in texts]),
             ),
             masked=masked,
             ids=tuple(sample.record.id for sample in samples),

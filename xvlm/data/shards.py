@@ -171,6 +171,7 @@ class Shards:
         self._ends = np.cumsum(self.sizes)
         self._keys = np.array([sample[0] for shard in index.shards for sample in shard.samples])
         self._extents = np.array([sample[1:] for shard in index.shards for sample in shard.samples])
+        self._numbers: dict[str, int] | None = None  # of the keys; made when first asked for
         self._open: dict[tuple[int, int], BinaryIO] = {}
         self._lost: dict[int, tuple[str, float]] = {}  # shards that cannot be read: why, and since when
 
@@ -178,11 +179,21 @@ class Shards:
         return len(self._keys)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}
+        return self.__dict__ | {"_open": {}, "_numbers": None}
 
     def key(self, i: int) -> str:
         """The id of sample ``i``."""
         return str(self._keys[i])
+
+    def find(self, key: str) -> int:
+        """The number of the sample with this id.
+
+        Raises:
+            KeyError: there is none.
+        """
+        if self._numbers is None:
+            self._numbers = {name: i for i, name in enumerate(self._keys.tolist())}
+        return self._numbers[key]
 
     def shard_of(self, i: int) -> int:
         """The number of the shard that holds sample ``i``."""

@@ -1,5 +1,7 @@
 """Grounding with boxes: the box of what a phrase says, in the image it is about."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -10,10 +12,13 @@ from xvlm.config import Configured
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Batch, Concepts, Grounded, Texts, Words
 
+HEADS = ("box_head",)
+
 
 class GroundingConfig(Configured):
     """Weights of the losses."""
 
+    name: Literal["grounding"] = "grounding"
     box_l1: float = 1.0
     box_giou: float = 1.0
 
@@ -22,7 +27,7 @@ class Task(nn.Module):
     """Fine-tuning on (image, phrase, box) (X-VLM section 4.2; reference ``models/model_bbox.py``).
 
     An image may have several phrases; those about all of it (``Regions.whole``) have no box to learn, as in X-VLM's
-    pre-training on its region data. The model needs the head ``box_head``.
+    pre-training on its region data. The model needs the heads of ``HEADS``.
     """
 
     def __init__(self, config: GroundingConfig, model: XVLM):

@@ -3,16 +3,30 @@
 Both need a model whose ``text.looks`` is 2: its cross layers look at the first and the second image in turn.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 from torch import Tensor, nn
 
 from xvlm import losses
 from xvlm.config import Configured
+from xvlm.data.pretrain import Stream, read_image
+from xvlm.data.pretrain import records as read_records
+from xvlm.data.processor import Processor, to_tensor
+from xvlm.data.records import Record
+from xvlm.data.shards import BrokenSample, Shards
+from xvlm.data.transforms import augment
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Batch, Concepts, Movable, Texts
+
+HEADS = ("truth_head",)
+ASSIGNMENT_HEADS = ("image_projection", "assignment_head")
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,13 @@ class Statements(Movable):
     true: Bool[Tensor, "text"]
     ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    seen: dict[str, int] = field(default_factory=dict)
 
 
 class NlvrConfig(Configured):
     """How assignment draws its wrong images; the statements' own task has nothing to choose."""
 
+    name: Literal["nlvr", "assignment"] = "nlvr"
     temperature: float = 0.07  # of the similarity between images by which they are drawn
     neither: float = 1 / 3  # share of texts that are shown two wrong images
 
@@ -37,7 +53,7 @@ class NlvrConfig(Configured):
 class Task(nn.Module):
     """True or false, cross-entropy (X-VLM section 4.2; reference ``models/model_nlvr.py``).
 
-    The model needs the head ``truth_head``.
+    The model needs the heads of ``HEADS``.
     """
 
     def __init__(self, config: NlvrConfig, model: XVLM):
@@ -66,8 +82,8 @@ class Assignment(nn.Module):
     """Which of two images is a caption about, the first, the second or neither? (reference
     ``models/model_nlvr_pretrain.py``, after ALBEF)
 
-    The wrong images come from the same batch, similar ones more often. The model needs the heads ``image_projection``
-    (which only tells how similar images are and does not learn) and ``assignment_head``.
+    The wrong images come from the same batch, similar ones more often. The model needs the heads of
+    ``ASSIGNMENT_HEADS``; ``image_projection`` only tells how similar images are and does not learn.
     """
 
     def __init__(self, config: NlvrConfig, model: XVLM):
@@ -132,3 +148,139 @@ def arrange(
     answer = torch.where(hidden, 2, torch.where(first, 0, 1))
     pairs = torch.stack([torch.stack([own, others[:, 0]], 1), torch.stack([others[:, 0], own], 1), others])
     return pairs[answer, torch.arange(len(own), device=own.device)], answer
+
+
+# Training: statements with their two images.
+
+
+@dataclass(frozen=True)
+class Said:
+    """A statement as ids, its truth, and pixels of the other image."""
+
+    ids: list[int]
+    true: bool
+    other: UInt8[Tensor, "3 height width"]
+
+
+@dataclass(frozen=True)
+class Left:
+    """A record's own image, which is the left one, and what is said about it and others."""
+
+    record: Record
+    source: str
+    pixels: UInt8[Tensor, "3 height width"]
+    said: list[Said]
+
+
+class Pairs(Stream):
+    """Records to statements, at most ``max_regions`` of each; both images are augmented, each in its own way."""
+
+    def sample(self, place: int, source: str, shards: Shards, i: int, rng: Random) -> Left:
+        record, image = read_image(shards, i)
+        known = [statement for statement in record.statements if self.processor.has_words(statement.text)]
+        if not known:
+            raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "the record has no statement")
+        said = []
+        for statement in rng.sample(known, min(self.config.max_regions, len(known))):
+            other = self._look(read_image(shards, number_of(shards, i, record, statement.other))[1], rng)
+            said.append(Said(self.processor.encode(statement.text)[0], statement.label, other))
+        return Left(record, source or record.source, self._look(image, rng), said)
+
+    def _look(self, image: Image.Image, rng: Random) -> UInt8[Tensor, "3 height width"]:
+        size, resampling = self.processor.config.image_size, self.processor.config.resampling
+        return to_tensor(augment(image, torch.zeros(0, 4), [], None, self.config.augment, size, rng, resampling).image)
+
+    def batch(self, texts: Sequence[tuple[Left, Said]], skipped: tuple[str, ...]) -> Statements:
+        lefts = list({id(left): left for left, _ in texts}.values())
+        number = {id(left): n for n, left in enumerate(lefts)}
+        pixels = [left.pixels for left in lefts] + [said.other for _, said in texts]
+        about = [(number[id(left)], len(lefts) + n) for n, (left, _) in enumerate(texts)]
+        return Statements(
+            images=self.processor.normalise(torch.stack(pixels)),
+            texts=self.processor.pad([said.ids for _, said in texts]),
+            about=torch.tensor(about),
+            true=torch.tensor([said.true for _, said in texts]),
+            ids=tuple(left.record.id for left in lefts),
+            skipped=skipped,
+            seen=dict(Counter(f"{left.source}/statements" for left, _ in texts)),
+        )
+
+
+def number_of(shards: Shards, i: int, record: Record, other: str) -> int:
+    """The sample that a statement of record ``i`` names.
+
+    Raises:
+        BrokenSample: it is not in the same folder.
+    """
+    try:
+        return shards.find(other)
+    except KeyError:
+        reason = f"the other image of a statement, {other!r}, is not in {shards.folder}"
+        raise BrokenSample(shards.files[shards.shard_of(i)], record.id, reason) from None
+
+
+# Evaluation.
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A statement about two images, whether it is true, and the probability that it is."""
+
+    record: str
+    other: str
+    text: str
+    label: bool
+    probability: float
+
+
+@torch.inference_mode()
+def ask(
+    task: Task,
+    processor: Processor,
+    shards: Shards,
+    places: Sequence[int],
+    records: Sequence[Record],
+    images: Float[Tensor, "image 3 height width"],
+) -> list[list[Judged]]:
+    """Every statement of some records, judged; ``places`` are the records' numbers in ``shards``."""
+    judged: list[list[Judged]] = [[] for _ in records]
+    asked = [(n, said) for n, record in enumerate(records) for said in record.statements]
+    asked = [(n, said) for n, said in asked if processor.has_words(said.text)]
+    others = sorted({number_of(shards, places[n], records[n], said.other) for n, said in asked})
+    row, shown = {}, [images]
+    for some, part in read_records(shards, processor, others, max(1, len(others))):
+        row |= {record.id: len(images) + n for n, record in enumerate(some)}
+        shown.append(part)
+    asked = [(n, said) for n, said in asked if said.other in row]  # what cannot be read has been logged
+    if asked:
+        batch = Statements(
+            images=torch.cat(shown),
+            texts=processor.texts([said.text for _, said in asked]),
+            about=torch.tensor([(n, row[said.other]) for n, said in asked]),
+            true=torch.tensor([said.label for _, said in asked]),
+        )
+        probabilities = task.predict(batch.to(next(task.parameters()).device)).tolist()
+        for (n, said), p in zip(asked, probabilities, strict=True):
+            judged[n].append(Judged(records[n].id, said.other, said.text, said.label, p))
+    return judged
+
+
+def numbers(rows: Sequence[Judged]) -> dict[str, float]:
+    """Accuracy, and consistency: the share of texts that are judged right of every pair they are said about.
+
+    Raises:
+        ValueError: no statement.
+    """
+    if not rows:
+        raise ValueError("nothing to score: the records have no statements")
+    right = [(row.probability > 0.5) == row.label for row in rows]
+    texts: dict[str, bool] = {}
+    for row, is_right in zip(rows, right, strict=True):
+        texts[row.text] = texts.get(row.text, True) and is_right
+    return {"accuracy": sum(right) / len(right), "consistency": sum(texts.values()) / len(texts)}
+
+
+def commonest(rows: Sequence[Judged]) -> list[Judged]:
+    """The same statements, all judged as most of them are: what a model is compared with."""
+    share = sum(row.label for row in rows) / len(rows)
+    return [replace(row, probability=share) for row in rows]

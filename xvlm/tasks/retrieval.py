@@ -1,9 +1,11 @@
 """Image-text retrieval: contrast and matching, where the captions of one image are right answers to each other."""
 
 from hashlib import blake2b
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from xvlm import losses
@@ -11,19 +13,23 @@ from xvlm.config import Configured
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Batch
 
+HEADS = ("image_projection", "text_projection", "temperature", "itm_head")
+
 
 class RetrievalConfig(Configured):
-    """Weights of the losses; one of weight 0 is not computed."""
+    """Weights of the losses (one of weight 0 is not computed), and how the model is asked."""
 
+    name: Literal["retrieval"] = "retrieval"
     itc: float = 1.0  # 1/processes reproduces the reference, whose gather loses that factor of the gradient
     itm: float = 1.0
+    captions: Annotated[int, Field(ge=1)] = 5  # of each image in the gallery, the first ones
+    top_k: Annotated[int, Field(ge=1)] = 128  # candidates by contrast that the matching head re-ranks
 
 
 class Task(nn.Module):
     """Fine-tuning on (image, caption) pairs (X-VLM section 4.2; reference ``models/model_retrieval.py``).
 
-    The model needs the heads ``image_projection``, ``text_projection``, ``temperature`` and ``itm_head``. Unlike in
-    pre-training, the temperature is not held within bounds.
+    The model needs the heads of ``HEADS``. Unlike in pre-training, the temperature is not held within bounds.
     """
 
     def __init__(self, config: RetrievalConfig, model: XVLM):

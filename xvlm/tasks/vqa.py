@@ -1,7 +1,13 @@
 """Visual question answering: rank the answers of a list by what a decoder would write, or let it write."""
 
-from dataclasses import dataclass
-from typing import Annotated
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from random import Random
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,12 +16,26 @@ from torch import Tensor, nn
 
 from xvlm import losses
 from xvlm.config import Configured
+from xvlm.data.pretrain import Said, Sample, Stream, read_image
+from xvlm.data.processor import Processor, to_tensor
+from xvlm.data.records import Record
+from xvlm.data.shards import BrokenSample, Shards
+from xvlm.data.transforms import augment
+from xvlm.metrics import vqa as official
 from xvlm.models.decoder import Answerer, Writing, next_words
 from xvlm.models.generation import GenerationConfig, Written, generate
-from xvlm.types import Batch, Movable, Texts
+from xvlm.models.xvlm import XVLM
+from xvlm.types import Batch, Movable, Regions, Texts
+
+HEADS = ("word_head",)  # of the pre-trained model that an answerer starts from
 
 
 class VqaConfig(Configured):
+    name: Literal["vqa"] = "vqa"
+    decoder_layers: Annotated[int, Field(ge=1)] = 6  # at most the cross encoder's, whose weights they start with
+    ask: Literal["rank", "write"] = "rank"  # how answers are got: from a list, or in the decoder's own words
+    answers: Path | None = None  # the list, a JSON array; null: the commonest answers of the training questions
+    commonest: Annotated[int, Field(ge=1)] = 3128  # how many of these; as many as the reference's list has
     candidates: Annotated[int, Field(ge=1)] = 128  # answers of the list that are scored word by word
     # The reference adds the first word's log-probability to a sum that already contains it; its published accuracies
     # are measured so.
@@ -99,3 +119,171 @@ class Task(nn.Module):
         rows = about.repeat_interleave(self.config.generation.beams)
         start = batch.texts.ids[:, :1]
         return generate(Writing(self.model.decoder, questions, rows), start, end, self.config.generation)
+
+
+# Training: questions with their answers.
+
+
+@dataclass(frozen=True)
+class Asked(Said):
+    """A question with its answers, ids and weight each."""
+
+    answers: list[tuple[list[int], float]]
+
+
+class Questions(Stream):
+    """Records to questions about whole images; at most ``max_regions`` of each image.
+
+    Where the image is flipped, left and right are looked for in questions and answers.
+    """
+
+    def sample(self, place: int, source: str, shards: Shards, i: int, rng: Random) -> Sample:
+        record, image = read_image(shards, i)
+        known = [question for question in record.questions if question.answers]
+        chosen = rng.sample(known, min(self.config.max_regions, len(known)))
+        texts = [question.text for question in chosen] + [answer for each in chosen for answer in each.answers]
+        size, resampling = self.processor.config.image_size, self.processor.config.resampling
+        seen = augment(image, torch.zeros(0, 4), texts, None, self.config.augment, size, rng, resampling)
+        answers, said = iter(seen.texts[len(chosen) :]), []
+        for question, text in zip(chosen, seen.texts, strict=False):
+            given = [(next(answers), weight) for weight in question.answers.values()]
+            given = [(ending(self.processor, answer), w) for answer, w in given if self.processor.has_words(answer)]
+            if given and self.processor.has_words(text):
+                ids = self.processor.encode(text)[0]
+                whole = [0.0, 0.0, float(size[1]), float(size[0])]
+                said.append(Asked(ids, ids, [False] * len(ids), "question", whole, given))
+        if not said:
+            raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "the record has no question with an answer")
+        return Sample(place, record, source or record.source, to_tensor(seen.image), said)
+
+    def batch(self, texts: Sequence[tuple[Sample, Asked]], skipped: tuple[str, ...]) -> AnsweredBatch:
+        batch = super().batch(texts, skipped)
+        answers = [(q, ids, weight) for q, (_, asked) in enumerate(texts) for ids, weight in asked.answers]
+        return AnsweredBatch(
+            **{field.name: getattr(batch, field.name) for field in fields(batch)},
+            answers=self.processor.pad([ids for _, ids, _ in answers]),
+            question=torch.tensor([q for q, _, _ in answers]),
+            weights=torch.tensor([weight for _, _, weight in answers]),
+        )
+
+
+def ending(processor: Processor, text: str) -> list[int]:
+    """Ids of a text as a decoder writes it, [CLS] first and [SEP] last."""
+    end = [] if processor.config.end_token else [processor.tokenizer.sep_token_id]
+    return [*processor.encode(text)[0], *end]
+
+
+def starting_model(config: VqaConfig, model: XVLM) -> tuple[Answerer, list[str]]:
+    """An answerer from a pre-trained model, and the names of its parameters that start fresh."""
+    made = Answerer.of(model, config.decoder_layers)
+    same_width = model.vision.dim == model.config.text.dim
+
+    def is_fresh(name: str) -> bool:
+        part = re.fullmatch(r"decoder\.cross\.layers\.(\d+)\.(.+)", name)
+        looks = part is not None and part[2].startswith(("cross_attention.key.", "cross_attention.value."))
+        return part is not None and (int(part[1]) >= len(model.cross.layers) or (looks and not same_width))
+
+    return made, [name for name, _ in made.named_parameters() if is_fresh(name)]
+
+
+# Evaluation.
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question with the answers that were given, by the share of people, and the one that was found."""
+
+    record: str
+    question: str
+    id: str
+    kind: str
+    given: dict[str, float]
+    answer: str
+
+    @property
+    def accuracy(self) -> float:
+        """By the official rule, with shares as ten annotators."""
+        return official.accuracy(
+            self.answer, [text for text, share in self.given.items() for _ in range(round(10 * share))]
+        )
+
+
+def answer_list(config: VqaConfig, folders: Iterable[Path]) -> list[str]:
+    """The answers to choose from: those of ``config.answers``, or the commonest of the training questions.
+
+    Raises:
+        ValueError: the file is no list of texts, or there are no answers.
+    """
+    if config.answers is not None:
+        known = json.loads(config.answers.read_text(encoding="utf-8"))
+        if not isinstance(known, list) or not all(isinstance(each, str) for each in known):
+            raise ValueError(f"{config.answers}: expected a JSON array of texts")
+        return known
+    total: Counter[str] = Counter()
+    for shards in map(Shards, folders):
+        for i in range(len(shards)):
+            for question in shards.read(i)[0].questions:
+                total.update(question.answers)
+    if not total:
+        raise ValueError("task.answers: the training records have no answers to choose from")
+    return [answer for answer, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))][: config.commonest]
+
+
+@torch.inference_mode()
+def ask(
+    task: Task,
+    processor: Processor,
+    answers: Sequence[str],
+    records: Sequence[Record],
+    images: Float[Tensor, "image 3 height width"],
+) -> list[list[Answered]]:
+    """Every question of some records, answered; ``answers`` are not looked at where ``task.config.ask`` is write."""
+    asked = [(i, q) for i, record in enumerate(records) for q in record.questions if processor.has_words(q.text)]
+    answered: list[list[Answered]] = [[] for _ in records]
+    if not asked:
+        return answered
+    device = next(task.parameters()).device
+    regions = Regions.whole_images(torch.tensor([i for i, _ in asked]), processor.config.image_size)
+    batch = Batch(images, processor.texts([question.text for _, question in asked]), regions).to(device)
+    if task.config.ask == "rank":
+        ranking = task.predict(batch, processor.pad([ending(processor, answer) for answer in answers]).to(device))
+        found = [answers[best] for best in ranking.answers[:, 0].tolist()]
+    else:
+        written = task.write(batch, processor.tokenizer.sep_token_id).texts
+        found = processor.tokenizer.batch_decode(written.ids.cpu(), skip_special_tokens=True)
+    for (i, question), answer in zip(asked, found, strict=True):
+        about = (records[i].id, question.text, question.id, question.kind, question.answers)
+        answered[i].append(Answered(*about, answer))
+    return answered
+
+
+def numbers(rows: Sequence[Answered]) -> dict[str, float]:
+    """VQA accuracy, over all questions whose answers are known and by their kind; nothing where none are known."""
+    known = [row for row in rows if row.given]
+    if not known:
+        return {}
+    kinds = sorted({row.kind for row in known if row.kind})
+    groups = {"accuracy": known} | {f"accuracy {kind}": [row for row in known if row.kind == kind] for kind in kinds}
+    return {name: sum(row.accuracy for row in group) / len(group) for name, group in groups.items()}
+
+
+def commonest(rows: Sequence[Answered]) -> list[Answered]:
+    """The same questions, each answered with the commonest answer to its kind: what a model is compared with."""
+    total: dict[str, Counter[str]] = {}
+    for row in rows:
+        total.setdefault(row.kind, Counter()).update(row.given)
+    best = {kind: answers.most_common(1)[0][0] if answers else "" for kind, answers in total.items()}
+    return [replace(row, answer=best[row.kind]) for row in rows]
+
+
+def submission(rows: Sequence[Answered]) -> list[dict[str, str | int]]:
+    """What the VQA server takes: question ids and answers.
+
+    Raises:
+        ValueError: a question without an id, by name.
+    """
+    if nameless := next((row for row in rows if not row.id), None):
+        raise ValueError(
+            f"record {nameless.record}: the question {nameless.question!r} has no id to be submitted under"
+        )
+    return [{"question_id": int(row.id) if row.id.isdigit() else row.id, "answer": row.answer} for row in rows]

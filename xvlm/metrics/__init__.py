@@ -37,19 +37,20 @@ def recall_at_k(
         raise ValueError(f"text_image: {int(text_image.min())} to {int(text_image.max())}, but {n_images} images")
 
     own = text_image == torch.arange(n_images, device=scores.device)[:, None]
-    of_text = scores.gather(0, text_image[None])[0]
-    of_image = scores.masked_fill(~own, -torch.inf).amax(1)
-    text_rank = _rank(scores.T, of_text, own.T)
-    image_rank = _rank(scores, of_image, own)[own.any(1)]
+    text_rank = ranks(scores.T, own.T)
+    image_rank = ranks(scores, own)[own.any(1)]
 
     recalls = {f"image_to_text_r{k}": (image_rank <= k).double().mean().item() for k in ks}
     return recalls | {f"text_to_image_r{k}": (text_rank <= k).double().mean().item() for k in ks}
 
 
-def _rank(
-    scores: Float[Tensor, "query candidate"], truth: Float[Tensor, "query"], own: Tensor
-) -> Float[Tensor, "query"]:
-    """Rank of each query's best true candidate; other true candidates of the same score do not count against it."""
+def ranks(scores: Float[Tensor, "query candidate"], own: Bool[Tensor, "query candidate"]) -> Float[Tensor, "query"]:
+    """Rank of each query's best true candidate; other true candidates of the same score do not count against it.
+
+    Args:
+        own: the true candidates; where a query has none, or none with a score, its rank is infinite.
+    """
+    truth = scores.masked_fill(~own, -torch.inf).amax(1)
     higher = (scores > truth[:, None]).sum(1)
     ties = ((scores == truth[:, None]) & ~own).sum(1)
     return torch.where(truth == -torch.inf, torch.inf, 1 + higher + ties / 2)
@@ -67,6 +68,13 @@ def mean_iou(predicted_xyxy: Float[Tensor, "n 4"], target_xyxy: Float[Tensor, "n
     """Mean IoU of corresponding boxes."""
     _require_some(len(predicted_xyxy))
     return boxes.iou(predicted_xyxy, target_xyxy).double().mean().item()
+
+
+def overall_iou(predicted_xyxy: Float[Tensor, "n 4"], target_xyxy: Float[Tensor, "n 4"]) -> float:
+    """Sum of the intersections over the sum of the unions of corresponding boxes (oIoU): large boxes weigh more."""
+    _require_some(len(predicted_xyxy))
+    overlap, union = boxes.iou_and_union(predicted_xyxy.double(), target_xyxy.double())
+    return ((overlap * union).sum() / union.sum()).item()
 
 
 def phrase_grounding(

@@ -1,0 +1,63 @@
+"""Evaluate a task: ``accelerate launch finetune/evaluate.py CONFIG [split=test] [model=FOLDER] [key=value …]``.
+
+Asks the weights that ``finetune/train.py CONFIG`` left, or those of ``model``, every example of a split once, whatever
+the number of processes; prints a table and writes ``predictions-SPLIT.jsonl`` and ``results-SPLIT.json`` to the run
+folder. With ``predictions=FILE`` it scores predictions that were written before; no model is needed. With
+``submission=FILE`` it also writes what the benchmark's server takes.
+"""
+
+import json
+from pathlib import Path
+
+from runs import FinetuneRun, ask, judge, load, read_rows, shards_of, table, weights, write_rows
+
+from xvlm import distributed, hub, probe, train
+from xvlm.config import ConfigError, load_config
+from xvlm.run import script
+
+OPTIONS = ("split", "model", "predictions", "submission")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        raise ConfigError("which configuration? For example configs/finetune/grounding_scenes.yaml")
+    given = dict(word.split("=", 1) for word in arguments[1:] if word.split("=")[0] in OPTIONS)
+    overrides = [word for word in arguments[1:] if word.split("=")[0] not in OPTIONS]
+    config = load_config(FinetuneRun, arguments[0], overrides)
+    split = given.get("split", "test")
+    shards_of(config, split)  # says at once what is not there
+    if "submission" in given and config.recipe.submission is None:
+        raise ConfigError(f"submission: no server takes predictions of {config.task.name}")
+    if "predictions" in given:
+        file = Path(given["predictions"])
+        rows = read_rows(config, file)
+        submit(config, rows, given)
+        show(judge(config, split, rows, predictions=str(file)))
+        return
+    accelerator = train.make_accelerator(config.train, config.out)
+    name = given.get("model", config.out / "model")
+    if "model" not in given and not name.exists():
+        raise ConfigError(f"{name}: no weights there; train first, or say model=FOLDER")
+    task, processor = load(config, name)
+    rows = ask(config, split, task.to(accelerator.device), processor)
+    if distributed.world().rank == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_rows(config.out / f"predictions-{split}.jsonl", rows)
+        submit(config, rows, given)
+        result = judge(config, split, rows, weights=weights(name))
+        hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
+        show(result)
+
+
+def submit(config: FinetuneRun, rows: list, given: dict[str, str]) -> None:
+    if "submission" in given:
+        hub.write_atomically(Path(given["submission"]), json.dumps(config.recipe.submission(rows)))
+
+
+def show(result: dict) -> None:
+    print(probe.as_text(table(result)))
+    print({key: result[key] for key in ("data", "weights", "predictions", "commit") if key in result})
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,190 @@
+"""The tasks one can fine-tune on, each by its parts: what it learns from, the model, how it is asked, its numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import nn
+
+from xvlm import evaluate
+from xvlm.data.pretrain import Grain, Stream, StreamConfig
+from xvlm.data.processor import Processor
+from xvlm.data.shards import Shards
+from xvlm.evaluate import Numbers
+from xvlm.models.decoder import Answerer, Captioner
+from xvlm.models.xvlm import XVLM, Pretrained
+from xvlm.tasks import captioning, grounding, nlvr, retrieval, vqa
+
+TaskConfig = Annotated[
+    retrieval.RetrievalConfig
+    | grounding.GroundingConfig
+    | vqa.VqaConfig
+    | captioning.CaptioningConfig
+    | nlvr.NlvrConfig,
+    Field(discriminator="name"),
+]
+
+
+def texts_about_images(task: Any, config: StreamConfig, processor: Processor, **place: int) -> Stream:
+    """The stream of a task that learns from captions or regions as pre-training reads them."""
+    return Stream(config, processor, None, **place)
+
+
+def as_it_is(task: Any, pretrained: XVLM, fresh: list[str]) -> tuple[XVLM, list[str]]:
+    """The model of a task that only reads other heads off the pre-trained one."""
+    return pretrained, fresh
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The parts of a task. Their arguments are as those of the functions in this file."""
+
+    task: Callable[[Any, Any], nn.Module]  # configuration and model -> losses
+    grain: Grain  # of the stream that it learns from
+    heads: tuple[str, ...]  # of the pre-trained model
+    ask: Callable[..., list[Any]]
+    row: type  # of what `ask` returns
+    numbers: Callable[[Any, Sequence[Any]], Numbers]  # of the task's configuration and rows
+    chance: Callable[[Sequence[Any], Shards], Numbers]  # of an answer that needs no model
+    protocol: str  # what the numbers are
+    stream: Callable[..., Stream] = texts_about_images
+    model: type[Pretrained] = XVLM
+    start: Callable[[Any, XVLM, list[str]], tuple[nn.Module, list[str]]] = as_it_is
+    looks: int = 1  # images that a text is about
+    end_token: bool = False  # whether texts end with [SEP]
+    submission: Callable[[Sequence[Any]], Any] | None = None  # what the benchmark's server takes, as JSON
+
+
+# How each is asked about a split: a row for each example, on every process the same.
+
+
+def ask_for_ranks(
+    task: retrieval.Task, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int, **_: Any
+) -> list[evaluate.Ranked]:
+    asked = {"captions": task.config.captions, "top_k": task.config.top_k, "batch_size": batch_size}
+    return evaluate.retrieval(task.model, processor, shards, indices, **asked).rows
+
+
+def ask_for_boxes(
+    task: grounding.Task, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int, **_: Any
+) -> list[evaluate.Query]:
+    return evaluate.grounding(task, processor, shards, indices, batch_size=batch_size)
+
+
+def ask_for_answers(
+    task: vqa.Task,
+    processor: Processor,
+    shards: Shards,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    trained_on: Sequence[Path],
+) -> list[vqa.Answered]:
+    answers = vqa.answer_list(task.config, trained_on) if task.config.ask == "rank" else []
+
+    def predict(_places, records, images):
+        return vqa.ask(task, processor, answers, records, images)
+
+    return evaluate.each_once(predict, processor, shards, indices, batch_size=batch_size)
+
+
+def ask_for_captions(
+    task: captioning.Task, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int, **_: Any
+) -> list[captioning.Captioned]:
+    def predict(_places, records, images):
+        return captioning.ask(task, processor, records, images)
+
+    return evaluate.each_once(predict, processor, shards, indices, batch_size=batch_size)
+
+
+def ask_for_truth(
+    task: nlvr.Task, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int, **_: Any
+) -> list[nlvr.Judged]:
+    predict = partial(nlvr.ask, task, processor, shards)
+    return evaluate.each_once(predict, processor, shards, indices, batch_size=batch_size)
+
+
+RECIPES = {
+    "retrieval": Recipe(
+        task=retrieval.Task,
+        grain="caption",
+        heads=retrieval.HEADS,
+        ask=ask_for_ranks,
+        row=evaluate.Ranked,
+        numbers=lambda task, rows: evaluate.retrieval_numbers(rows),
+        chance=lambda rows, shards: evaluate.retrieval_chance(rows),
+        protocol="R@k: share of queries with a right answer among the first k. The top_k most similar candidates of a "
+        "query are re-ranked by the matching head, others are not found; ties count half. Chance: a random order.",
+    ),
+    "grounding": Recipe(
+        task=grounding.Task,
+        grain="region",
+        heads=grounding.HEADS,
+        ask=ask_for_boxes,
+        row=evaluate.Query,
+        numbers=lambda task, rows: evaluate.referring_numbers(rows),
+        chance=lambda rows, shards: evaluate.referring_numbers(evaluate.whole_images(rows, shards)),
+        protocol="acc@t: share of phrases whose box has an IoU of t or more with the true one (right and bottom "
+        "exclusive). overall_iou: summed intersections over summed unions. small, medium, large: below 32² and 96² "
+        "pixels of the stored image. Chance: the whole image as the answer.",
+    ),
+    "vqa": Recipe(
+        task=vqa.Task,
+        grain="question",
+        heads=vqa.HEADS,
+        ask=ask_for_answers,
+        row=vqa.Answered,
+        numbers=lambda task, rows: vqa.numbers(rows),
+        chance=lambda rows, shards: vqa.numbers(vqa.commonest(rows)),
+        protocol="VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving each annotator out, after the "
+        "server's normalisation; by kind of question too. Chance: the commonest answer of this split to each kind.",
+        stream=lambda task, config, processor, **place: vqa.Questions(config, processor, None, **place),
+        model=Answerer,
+        start=lambda task, pretrained, fresh: vqa.starting_model(task, pretrained),
+        submission=vqa.submission,
+    ),
+    "captioning": Recipe(
+        task=captioning.Task,
+        grain="caption",
+        heads=captioning.HEADS,
+        ask=ask_for_captions,
+        row=captioning.Captioned,
+        numbers=lambda task, rows: captioning.numbers(rows, java=task.java),
+        chance=lambda rows, shards: captioning.numbers(captioning.of_others(rows)),
+        protocol="CIDEr is CIDEr-D, document frequencies from this split's references; BLEU-n of the whole split "
+        "against the nearest length; ROUGE-L with beta 1.2; own implementations and tokenizer. Chance: what people "
+        "wrote of another image.",
+        stream=captioning.Captions,
+        model=Captioner,
+        start=lambda task, pretrained, fresh: (Captioner.of(pretrained), []),
+        end_token=True,
+    ),
+    "nlvr": Recipe(
+        task=nlvr.Task,
+        grain="statement",
+        heads=nlvr.HEADS,
+        ask=ask_for_truth,
+        row=nlvr.Judged,
+        numbers=lambda task, rows: nlvr.numbers(rows),
+        chance=lambda rows, shards: nlvr.numbers(nlvr.commonest(rows)),
+        protocol="accuracy over statements; consistency: share of texts judged right of every pair of images they are "
+        "said about. Chance: all as most of them are.",
+        stream=lambda task, config, processor, **place: nlvr.Pairs(config, processor, None, **place),
+        looks=2,
+    ),
+    # Text assignment, which prepares a model for NLVR2 (init.model of an nlvr run); it has no numbers of its own.
+    "assignment": Recipe(
+        task=nlvr.Assignment,
+        grain="caption",
+        heads=nlvr.ASSIGNMENT_HEADS,
+        ask=lambda *_, **__: [],
+        row=dict,
+        numbers=lambda task, rows: {},
+        chance=lambda rows, shards: {},
+        protocol="none: fine-tune on nlvr",
+        looks=2,
+    ),
+}

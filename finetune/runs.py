@@ -1,0 +1,163 @@
+"""What fine-tuning and evaluating share: a run's configuration, its model, its predictions and their numbers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from recipes import RECIPES, Recipe, TaskConfig
+from torch import nn
+
+from xvlm import hub, probe, report
+from xvlm.config import ConfigError, Configured
+from xvlm.data import pretrain
+from xvlm.data.processor import Processor
+from xvlm.data.shards import Shards
+from xvlm.evaluate import Numbers
+from xvlm.models.init import InitConfig, initial_model
+from xvlm.models.xvlm import XVLM
+from xvlm.run import RunConfig
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class EvaluationConfig(Configured):
+    splits: dict[str, Path] = {}  # name -> folder of shards
+    records: Count | None = None  # of each split, the first ones; null: all
+    batch_size: Count = 32  # images
+    untrained: bool = True  # also measure the model as it starts
+
+
+class FinetuneRun(RunConfig):
+    """Everything a fine-tuning run depends on."""
+
+    title: str = "Fine-tuning"
+    task: TaskConfig
+    init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
+    from_scratch: bool = False  # of the pre-trained model take the shape alone: what pre-training is worth
+    image_size: Count | None = None  # pixels; null: as in pre-training
+    trunk_options: dict[str, Any] = {}  # over those of pre-training: Swin's window_size has to divide another size
+    max_tokens: Count | None = None  # of a text; null: as in pre-training
+    stream: pretrain.StreamConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def the_stream_fits_the_task(self) -> "FinetuneRun":
+        if self.stream.grain != self.recipe.grain:
+            wanted = f"{self.task.name} learns from {self.recipe.grain!r}"
+            raise ValueError(f"stream.grain is {self.stream.grain!r}; {wanted}")
+        if self.init.model is None:
+            raise ValueError("init.model: which pre-trained weights? A folder, or xvlm-scenes-tiny")
+        return self
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.task.name]
+
+
+def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
+    """The task, the names of its parameters that start fresh among pre-trained ones, and its processor."""
+    recipe, name = config.recipe, config.init.model
+    theirs, processor = XVLM.from_pretrained(name).config, Processor.from_pretrained(name)
+    size = theirs.vision.image_size if config.image_size is None else (config.image_size, config.image_size)
+    options = theirs.vision.options | config.trunk_options
+    vision = theirs.vision.model_copy(update={"image_size": size, "options": options})
+    text = theirs.text.model_copy(update={"looks": max(recipe.looks, theirs.text.looks)})
+    shape = theirs.model_copy(update={"heads": recipe.heads, "vision": vision, "text": text})
+    pretrained, fresh = (XVLM(shape), []) if config.from_scratch else initial_model(shape, config.init)
+    model, fresh = recipe.start(config.task, pretrained, fresh)
+    tokens = config.max_tokens or processor.config.max_tokens
+    prepared = {"image_size": size, "max_tokens": tokens, "end_token": recipe.end_token or processor.config.end_token}
+    processor = Processor(processor.config.model_copy(update=prepared), processor.tokenizer)
+    return recipe.task(config.task, model), [f"model.{part}" for part in fresh], processor
+
+
+def load(config: FinetuneRun, name: Path | str) -> tuple[nn.Module, Processor]:
+    """The task with the weights of a folder, and its processor."""
+    return config.recipe.task(config.task, config.recipe.model.from_pretrained(name)), Processor.from_pretrained(name)
+
+
+def shards_of(config: FinetuneRun, split: str) -> Shards:
+    """The records of a split.
+
+    Raises:
+        ConfigError: there is no split of this name.
+    """
+    if split not in config.evaluation.splits:
+        raise ConfigError(f"evaluation.splits has no {split!r}; it has {', '.join(config.evaluation.splits) or 'none'}")
+    return Shards(config.evaluation.splits[split])
+
+
+def ask(config: FinetuneRun, split: str, task: nn.Module, processor: Processor) -> list[Any]:
+    """What a task answers to a split: a row for each example, on every process the same."""
+    shards = shards_of(config, split)
+    was_training = task.training
+    task.eval()
+    rows = config.recipe.ask(
+        task,
+        processor,
+        shards,
+        range(min(len(shards), config.evaluation.records or len(shards))),
+        batch_size=config.evaluation.batch_size,
+        trained_on=list(chain.from_iterable(pretrain.locate(config.stream).values())),
+    )
+    task.train(was_training)
+    return rows
+
+
+def write_rows(file: Path, rows: Sequence[Any]) -> None:
+    """JSON lines, a prediction each."""
+    hub.write_atomically(file, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+def read_rows(config: FinetuneRun, file: Path) -> list[Any]:
+    """Predictions that were written before.
+
+    Raises:
+        ValueError: a line that is no prediction of this task; says which and why.
+    """
+    adapter, rows = TypeAdapter(config.recipe.row), []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(adapter.validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{file} line {number}: {where}: {first['msg']} ({config.task.name})") from None
+    return rows
+
+
+def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any) -> dict[str, Any]:
+    """The numbers of a split with all that they depend on."""
+    return {
+        "task": config.task.name,
+        "split": split,
+        "protocol": config.recipe.protocol,
+        "settings": config.task.model_dump(mode="json"),
+        "data": {"folder": str(config.evaluation.splits[split]), "sha256": hub.digest(config.evaluation.splits[split])},
+        "commit": probe.commit(),
+        **made_with,
+        "examples": len(rows),
+        "numbers": config.recipe.numbers(config.task, rows),
+        "chance": config.recipe.chance(rows, shards_of(config, split)),
+    }
+
+
+def weights(name: Path | str) -> dict[str, str]:
+    """Which weights made some predictions."""
+    return {"folder": str(name), "sha256": hub.digest(hub.locate(name))}
+
+
+def table(result: dict[str, Any], before: Numbers | None = None) -> report.Table:
+    """The numbers of :func:`judge` as a table; ``before``: of the model as it started."""
+    columns = {"trained" if before else "measured": result["numbers"], "untrained": before, "chance": result["chance"]}
+    shown = {name: column for name, column in columns.items() if column}
+    rows = [
+        [name, *(f"{column[name]:.3f}" if name in column else "-" for column in shown.values())]
+        for name in result["numbers"]
+    ]
+    title = f"{result['task']}, {result['split']}: {result['examples']} examples"
+    return report.Table(title, ["", *shown], rows, result["protocol"])

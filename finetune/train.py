@@ -1,0 +1,114 @@
+"""Fine-tune on any task: ``accelerate launch finetune/train.py CONFIG [key=value …] [--show | --dry-run]``.
+
+The configuration names the task (``task.name``). Packs the corpus if it is not packed, trains (or continues), answers
+every split of ``evaluation`` and leaves weights, predictions, results and ``report.html`` in the run folder. The same
+command continues a run that was interrupted.
+"""
+
+import json
+import time
+from functools import partial
+
+import torch
+from runs import FinetuneRun, ask, build, judge, table, weights, write_rows
+
+from xvlm import distributed, hub, probe, report, runlog, train, viz
+from xvlm.data import scenes
+from xvlm.data.pack import CorpusConfig
+from xvlm.data.processor import Processor
+from xvlm.evaluate import Numbers
+from xvlm.run import command, dry_folder, finished, keep, prepare, script
+
+SHIPPED = "xvlm-scenes-tiny"
+
+
+def main(arguments: list[str]) -> None:
+    command(FinetuneRun, run, arguments)
+
+
+def run(config: FinetuneRun, dry_run: bool) -> None:
+    accelerator = train.make_accelerator(config.train, config.out)
+    config = dry(config) if dry_run else config
+    if finished(config):
+        return
+    started = time.time() - runlog.seconds_so_far(config.out)
+    prepare(config, [config.stream])
+    torch.manual_seed(config.train.seed)
+    task, fresh, processor = build(config)
+    task.to(accelerator.device)
+    before = untrained(config, task, processor)
+    world = distributed.world()
+
+    def open_stream(start: int):
+        place = {"seed": config.train.seed, "rank": world.rank, "world": world.size, "turns": config.train.accumulate}
+        return config.recipe.stream(config.task, config.stream, processor, **place).batches(start)
+
+    def measure() -> Numbers:
+        numbers = measured(config, task, processor)
+        return {f"{split}/{name}": value for split, row in numbers.items() for name, value in row.items()}
+
+    validation = runlog.Validation(measure, partial(keep, task.model, processor))
+    streams = {"train": open_stream}
+    train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh, validation=validation)
+    keep(task.model, processor, config.out / "model")
+    answered = {split: ask(config, split, task, processor) for split in config.evaluation.splits}
+    if world.rank == 0:
+        about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
+        write(config, before, answered, about)
+
+
+def untrained(config: FinetuneRun, task: torch.nn.Module, processor: Processor) -> dict[str, Numbers]:
+    """The numbers of the model as it starts, for each split; kept in the run folder, for a run that is continued."""
+    file = config.out / "untrained.json"
+    known = distributed.gather_objects(json.loads(file.read_text()) if file.exists() else None)[0]
+    if known is not None or not config.evaluation.untrained:
+        return known or {}
+    found = measured(config, task, processor)
+    if distributed.world().rank == 0:
+        hub.write_atomically(file, json.dumps(found, indent=2))
+    return found
+
+
+def measured(config: FinetuneRun, task: torch.nn.Module, processor: Processor) -> dict[str, Numbers]:
+    """The numbers of every split."""
+    splits = config.evaluation.splits
+    return {split: config.recipe.numbers(config.task, ask(config, split, task, processor)) for split in splits}
+
+
+def write(config: FinetuneRun, before: dict[str, Numbers], answered: dict[str, list], about: dict) -> None:
+    """``predictions-SPLIT.jsonl``, ``results-SPLIT.json`` and ``report.html``; prints the tables."""
+    tables = []
+    for split, rows in answered.items():
+        write_rows(config.out / f"predictions-{split}.jsonl", rows)
+        result = judge(config, split, rows, weights=weights(config.out / "model"), untrained=before.get(split), **about)
+        hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
+        tables.append(table(result, before.get(split)))
+        print(f"\n{probe.as_text(tables[-1])}")
+    log = runlog.read_log(config.out)
+    curves = viz.curves(log, sorted({key for line in log for key in line if "/" in key}))
+    page = report.write_report(config.out, title=config.title, tables=tables, curves=curves, facts=about)
+    print(f"\n{page}")
+
+
+def dry(config: FinetuneRun) -> FinetuneRun:
+    """The same run in miniature: a few generated scenes, the shipped weights, two steps, a temporary folder."""
+    out, size = dry_folder(), 128
+    corpus = CorpusConfig(
+        reader="scenes", out=out / "shards", splits={"train": 16, "test": 8}, scenes=scenes.SceneConfig(size=size)
+    )
+    images = {"shards": [out / "shards/train"], "images": 4 * distributed.world().size, "workers": 0}
+    changes = {
+        "out": out,
+        "corpus": corpus,
+        "init": config.init.model_copy(update={"model": SHIPPED}),
+        "image_size": size,
+        "trunk_options": {},
+        "stream": config.stream.model_copy(update=images),
+        "evaluation": config.evaluation.model_copy(update={"splits": {"dry": out / "shards/test"}}),
+        "train": config.train.model_copy(update={"steps": 2, "save_every": 1, "log_every": 1}),
+    }
+    return config.model_copy(update=changes)
+
+
+if __name__ == "__main__":
+    script(main)

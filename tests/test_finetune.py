@@ -1,0 +1,309 @@
+"""What each fine-tuning task learns from and is asked: streams, rows, numbers; one run from training to scoring."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from xvlm import evaluate
+from xvlm.config import ConfigError
+from xvlm.data import scenes
+from xvlm.data.pretrain import StreamConfig
+from xvlm.data.processor import Processor, ProcessorConfig
+from xvlm.data.records import Question, Statement
+from xvlm.data.shards import BrokenSample, Shards, write_shards
+from xvlm.models.decoder import Answerer, Captioner
+from xvlm.models.xvlm import XVLM
+from xvlm.tasks import captioning, nlvr, vqa
+
+ROOT = Path(__file__).parents[1]
+STILL = {"crop": "none", "hflip": 0.0, "randaugment": "none"}
+MIRRORED = {"crop": "none", "hflip": 1.0, "flip_words": "swap", "randaugment": "none"}
+PLACE = {"seed": 0, "rank": 0, "world": 1, "turns": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eight scenes; the first is asked where something is, the second has neither questions nor statements."""
+    folder = tmp_path_factory.mktemp("shards") / "test"
+    samples = list(scenes.samples(scenes.SceneConfig(size=32), "test", 8))
+    where = Question(text="Where is the left star?", answers={"top left": 0.7, "left": 0.3}, kind="where", id="17")
+    samples[0] = samples[0][0].model_copy(update={"questions": [where]}), samples[0][1]
+    samples[1] = samples[1][0].model_copy(update={"questions": [], "statements": []}), samples[1][1]
+    write_shards(samples, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig(image_size=32))
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    return XVLM.from_pretrained("xvlm-scenes-tiny")
+
+
+def stream_of(folder, grain, augment=STILL, **more):
+    return StreamConfig(shards=[folder], grain=grain, images=4, max_regions=2, augment=augment, workers=0, **more)
+
+
+def said(processor, ids) -> str:
+    return processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# VQA.
+
+
+def test_answers_belong_to_their_questions(folder, processor):
+    batch = next(vqa.Questions(stream_of(folder, "question"), processor, None, **PLACE).batches(0))
+    known = {q.text: q.answers for i in range(8) for q in Shards(folder).read(i)[0].questions}
+    cleaned = {said(processor, processor.encode(text)[0]): answers for text, answers in known.items()}
+    assert batch.regions.whole.all() and len(batch.weights) == len(batch.answers.ids) > 0
+    for answer, question, weight in zip(batch.answers.ids, batch.question, batch.weights, strict=True):
+        asked = said(processor, batch.texts.ids[question])
+        assert cleaned[asked][said(processor, answer)] == pytest.approx(weight.item())
+    last = batch.answers.mask.sum(1) - 1
+    ends = batch.answers.ids.gather(1, last[:, None])
+    assert (ends == processor.tokenizer.sep_token_id).all()
+
+
+def test_a_mirrored_image_has_mirrored_questions_and_answers(folder, processor):
+    sample = vqa.Questions(stream_of(folder, "question", MIRRORED), processor, None, **PLACE).sample(
+        0, Shards(folder), 0, Random(0)
+    )
+    assert said(processor, sample.said[0].ids) == "where is the right star"
+    assert [(said(processor, ids), weight) for ids, weight in sample.said[0].answers] == [
+        ("top right", 0.7),
+        ("right", 0.3),
+    ]
+
+
+def test_a_record_without_questions_is_named(folder, processor):
+    questions = vqa.Questions(stream_of(folder, "question"), processor, None, **PLACE)
+    with pytest.raises(BrokenSample, match="no question with an answer"):
+        questions.sample(1, Shards(folder), 1, Random(0))
+
+
+def test_the_answer_list(folder, tmp_path):
+    found = vqa.answer_list(vqa.VqaConfig(), [folder])
+    weight = dict.fromkeys(found, 0.0)
+    for i in range(8):
+        for question in Shards(folder).read(i)[0].questions:
+            for answer, share in question.answers.items():
+                weight[answer] += share
+    assert found == sorted(weight, key=lambda answer: (-weight[answer], answer))
+    assert vqa.answer_list(vqa.VqaConfig(commonest=2), [folder]) == found[:2]
+    file = tmp_path / "answers.json"
+    file.write_text('["yes", "no"]')
+    assert vqa.answer_list(vqa.VqaConfig(answers=file), []) == ["yes", "no"]
+    file.write_text('{"yes": 1}')
+    with pytest.raises(ValueError, match=r"answers.json: expected a JSON array"):
+        vqa.answer_list(vqa.VqaConfig(answers=file), [])
+
+
+def test_numbers_of_answers():
+    def row(answer, kind, given):
+        return vqa.Answered("r", "q", "3", kind, given, answer)
+
+    rows = [
+        row("red", "colour", {"red": 0.3, "blue": 0.7}),
+        row("2", "count", {"two": 0.9, "3": 0.1}),
+        row("x", "", {}),
+    ]
+    assert vqa.numbers(rows) == {
+        "accuracy": pytest.approx((0.9 + 1) / 2),
+        "accuracy colour": pytest.approx(0.9),
+        "accuracy count": pytest.approx(1.0),
+    }
+    assert [each.answer for each in vqa.commonest(rows)] == ["blue", "two", ""]
+    assert vqa.numbers(rows[2:]) == {}
+    assert vqa.submission(rows[:1]) == [{"question_id": 3, "answer": "red"}]
+    with pytest.raises(ValueError, match="record r: the question 'q' has no id"):
+        vqa.submission([replace(rows[0], id="")])
+
+
+def test_what_starts_fresh_in_an_answerer(pretrained):
+    same = pretrained.vision.dim == pretrained.config.text.dim
+    model, fresh = vqa.starting_model(vqa.VqaConfig(decoder_layers=2), pretrained)
+    assert isinstance(model, Answerer) and not same
+    assert fresh and all(".cross_attention.key." in name or ".cross_attention.value." in name for name in fresh)
+    assert all(name.startswith("decoder.cross.layers.") for name in fresh)
+
+
+# Captioning.
+
+
+def test_captions_follow_the_prompt(folder):
+    processor = Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig(image_size=32, end_token=True))
+    start = captioning.start_of(processor, "there is")
+    task = captioning.CaptioningConfig(prompt="there is", prompt_tokens=len(start))
+    config = stream_of(folder, "caption", captions="first")
+    batch = next(captioning.Captions(task, config, processor, **PLACE).batches(0))
+    known = {Shards(folder).key(i): Shards(folder).read(i)[0].captions[0] for i in range(8)}
+    for ids, name in zip(batch.texts.ids, batch.ids, strict=True):
+        assert said(processor, ids) == said(processor, processor.encode(f"there is {known[name]}")[0])
+    assert (batch.texts.ids[:, : len(start)] == torch.tensor(start)).all()
+    with pytest.raises(ValueError, match=r"task.prompt_tokens is 4, but \[CLS\] 'there is' has 3 tokens"):
+        captioning.Captions(captioning.CaptioningConfig(prompt="there is"), config, processor, **PLACE)
+
+
+def test_a_caption_is_what_is_written_after_the_prompt(folder, pretrained):
+    processor = Processor.from_pretrained("xvlm-scenes-tiny")
+    config = {"prompt": "there is", "prompt_tokens": 3, "generation": {"beams": 2, "max_tokens": 9, "min_tokens": 6}}
+    task = captioning.Task(captioning.CaptioningConfig.model_validate(config), Captioner.of(pretrained)).eval()
+
+    def predict(_places, records, images):
+        return captioning.ask(task, processor, records, images)
+
+    rows = evaluate.each_once(predict, processor, Shards(folder), range(8), batch_size=3)
+    assert [row.record for row in rows] == [Shards(folder).key(i) for i in range(8)]
+    assert [list(row.references) for row in rows] == [Shards(folder).read(i)[0].captions for i in range(8)]
+    assert all(not row.caption.startswith("there is") and 1 <= len(row.caption.split()) <= 6 for row in rows)
+
+
+def test_numbers_of_captions():
+    rows = [
+        captioning.Captioned("a", ("A red disc is left of it.",), "a red disc is left of it"),
+        captioning.Captioned("b", ("one big blue star there", "x"), "nothing"),
+        captioning.Captioned("c", (), "not scored"),
+    ]
+    numbers = captioning.numbers(rows)
+    assert numbers["CIDEr"] == pytest.approx(10 / 2) and numbers["ROUGE-L"] == pytest.approx(1 / 2)
+    assert [row.caption for row in captioning.of_others(rows)] == [
+        "one big blue star there",
+        "A red disc is left of it.",
+    ]
+
+
+# NLVR2.
+
+
+def test_statements_come_with_both_their_images(folder, processor):
+    shards = Shards(folder)
+    batch = next(nlvr.Pairs(stream_of(folder, "statement"), processor, None, **PLACE).batches(0))
+    pixels = {shards.key(i): image for i in range(8) for _, image in evaluate_records(shards, processor, i)}
+    known = {
+        (record.id, said(processor, processor.encode(each.text)[0])): each
+        for record in (shards.read(i)[0] for i in range(8))
+        for each in record.statements
+    }
+    assert len(batch.about) > 1
+    for ids, (left, right), true in zip(batch.texts.ids, batch.about.tolist(), batch.true, strict=True):
+        statement = known[batch.ids[left], said(processor, ids)]
+        assert statement.label == true
+        torch.testing.assert_close(batch.images[left], pixels[batch.ids[left]])
+        torch.testing.assert_close(batch.images[right], pixels[statement.other])
+
+
+def evaluate_records(shards, processor, i):
+    from xvlm.data.pretrain import records
+
+    return [(some[0], images[0]) for some, images in records(shards, processor, [i], 1)]
+
+
+def test_every_statement_is_judged_once(folder, pretrained):
+    processor, shards = Processor.from_pretrained("xvlm-scenes-tiny"), Shards(folder)
+    text = pretrained.config.text.model_copy(update={"looks": 2})
+    model = XVLM(pretrained.config.model_copy(update={"text": text, "heads": nlvr.HEADS})).eval()
+    task = nlvr.Task(nlvr.NlvrConfig(), model)
+
+    def predict(places, records, images):
+        return nlvr.ask(task, processor, shards, places, records, images)
+
+    rows = evaluate.each_once(predict, processor, shards, range(8), batch_size=3)
+    wanted = [(r.id, s.other, s.text, s.label) for r in (shards.read(i)[0] for i in range(8)) for s in r.statements]
+    assert [(row.record, row.other, row.text, row.label) for row in rows] == wanted
+    alone = evaluate.each_once(predict, processor, shards, range(8), batch_size=1)
+    assert [row.probability for row in alone] == pytest.approx([row.probability for row in rows], abs=1e-5)
+
+
+def test_another_image_that_is_not_there_is_named(folder):
+    record = Shards(folder).read(0)[0].model_copy(update={"statements": [Statement(text="x", other="y", label=True)]})
+    with pytest.raises(BrokenSample, match="the other image of a statement, 'y', is not in"):
+        nlvr.number_of(Shards(folder), 0, record, "y")
+
+
+def test_consistency_asks_for_every_pair_of_a_text():
+    def row(text, label, probability):
+        return nlvr.Judged("a", "b", text, label, probability)
+
+    rows = [row("s", True, 0.9), row("s", False, 0.8), row("t", True, 0.6), row("t", False, 0.1)]
+    assert nlvr.numbers(rows) == {"accuracy": 3 / 4, "consistency": 1 / 2}
+    assert nlvr.numbers(nlvr.commonest([*rows, row("u", False, 0.9)]))["accuracy"] == 3 / 5
+
+
+# Evaluation.
+
+
+def worker(rank: int, world: int, folder: str, meet: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}/meet", rank=rank, world_size=world)
+    processor = Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig(image_size=32))
+
+    def predict(places, records, images):
+        return [[(place, record.id, rank)] * (place % 2) for place, record in zip(places, records, strict=True)]
+
+    rows = evaluate.each_once(predict, processor, Shards(folder), [7, 1, 3, 0, 5], batch_size=2)
+    Path(f"{meet}/{rank}.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_records_and_all_have_the_rows_in_order(folder, tmp_path):
+    mp.spawn(worker, args=(2, str(folder), str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert [(place, name) for place, name, _ in first] == [(i, Shards(folder).key(i)) for i in (7, 1, 3, 5)]
+    assert {rank for *_, rank in first} == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """finetune/train.py and finetune/evaluate.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "finetune"))
+        loaded = []
+        for name in ("train", "evaluate"):
+            spec = importlib.util.spec_from_file_location(f"finetune_{name}", ROOT / f"finetune/{name}.py")
+            loaded.append(importlib.util.module_from_spec(spec))
+            spec.loader.exec_module(loaded[-1])
+        yield loaded
+
+
+def test_a_run_is_trained_evaluated_and_scored_again(scripts, folder, tmp_path, capsys):
+    train, score = scripts
+    out = tmp_path / "run"
+    words = [str(ROOT / "configs/finetune/vqa_scenes.yaml"), f"out={out}", "corpus=null", f"stream.shards=[{folder}]"]
+    words += [f"evaluation.splits.test={folder}", "stream.images=4", "train.steps=2", "train.save_every=1"]
+    with pytest.raises(ConfigError, match="no weights there; train first"):
+        score.main(words)
+    train.main(words)
+    trained = json.loads((out / "results-test.json").read_text())
+    rows = (out / "predictions-test.jsonl").read_text()
+    score.main(words)
+    again = json.loads((out / "results-test.json").read_text())
+    assert again["numbers"] == trained["numbers"] and (out / "predictions-test.jsonl").read_text() == rows
+    assert again["weights"] == trained["weights"] and again["data"] == trained["data"]
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text(rows)
+    capsys.readouterr()
+    score.main([*words, f"predictions={kept}", f"out={tmp_path / 'nowhere'}"])
+    assert f"{trained['numbers']['accuracy']:.3f}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no id to be submitted under"):
+        score.main([*words, f"predictions={kept}", f"submission={tmp_path / 'file.json'}"])
+    kept.write_text(rows + '{"record": 3}\n')
+    with pytest.raises(ValueError, match=rf"kept.jsonl line {len(rows.splitlines()) + 1}: "):
+        score.main([*words, f"predictions={kept}"])
+    with pytest.raises(ConfigError, match=r"evaluation\.splits has no 'val'; it has test"):
+        score.main([*words, "split=val"])
+
+
+def test_a_stream_of_another_task_is_refused(scripts):
+    with pytest.raises(ConfigError, match=r"stream\.grain is 'caption'; grounding learns from 'region'"):
+        scripts[0].main([str(ROOT / "configs/finetune/grounding_scenes.yaml"), "stream.grain=caption", "--show"])

@@ -1,0 +1,108 @@
+"""What every training script does around its task: the command line, the run's folder, its corpus, a good end."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from xvlm import distributed, probe, train
+from xvlm.config import ConfigError, Configured, dump_config, load_config
+from xvlm.data.pack import CorpusConfig, pack
+from xvlm.data.pretrain import StreamConfig, UnusableData, locate
+from xvlm.data.processor import Processor
+from xvlm.models.xvlm import Pretrained
+from xvlm.optim import OptimConfig
+from xvlm.train import TrainConfig
+
+
+class RunConfig(Configured):
+    """What runs have in common."""
+
+    out: Path
+    title: str
+    corpus: CorpusConfig | None = None  # packed first; the streams then read <corpus.out>/<split>
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+
+Run = TypeVar("Run", bound=RunConfig)
+
+
+def command(kind: type[Run], work: Callable[[Run, bool], None], arguments: Sequence[str]) -> None:
+    """``CONFIG [key=value …] [--show | --dry-run]``: print the configuration, or work on it.
+
+    Args:
+        work: given the configuration and whether this is a dry run, in which nobody is told through trackers.
+    """
+    flags = {word for word in arguments if word.startswith("--")}
+    if unknown := flags - {"--show", "--dry-run"}:
+        raise ConfigError(f"unknown option {sorted(unknown)[0]}; there are --show and --dry-run, all else is key=value")
+    words = [word for word in arguments if word not in flags]
+    if not words:
+        raise ConfigError("which configuration? Those that ship are in the folder configs")
+    config = load_config(kind, words[0], words[1:])
+    if "--show" in flags:
+        print(dump_config(config))
+        return
+    if dry := "--dry-run" in flags:
+        config = config.model_copy(update={"train": config.train.model_copy(update={"trackers": []})})
+    work(config, dry)
+
+
+def script(main: Callable[[list[str]], None]) -> None:
+    """Run a script's ``main`` on the command line; what goes wrong ends in one line."""
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, ValueError, OSError, FloatingPointError, UnusableData) as error:
+        sys.exit(f"error: {error}")
+    except train.Interrupted as stopped:
+        sys.exit(str(stopped))
+    except KeyboardInterrupt:  # while packing or evaluating; whatever is written is written whole or not at all
+        if distributed.world().rank == 0:
+            print("stopped; the same command continues", file=sys.stderr, flush=True)
+        os._exit(130)  # another process may never answer again, and a normal exit would wait for it
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether this very run has ended before; says so."""
+    ended = (config.out / "config.yaml").exists() and (config.out / "report.html").exists()
+    if ended:
+        distributed.main_first(partial(train.claim, config.out, config))
+        if distributed.world().rank == 0:
+            print(f"{config.out} is finished: {config.out / 'report.html'}")
+    return ended
+
+
+def prepare(config: RunConfig, streams: Iterable[StreamConfig | None]) -> None:
+    """The run folder, the shards of a corpus and the indexes of tars that have none; the first process does it for all.
+
+    Prints the configuration.
+    """
+
+    def work() -> None:
+        train.claim(config.out, config)
+        probe.note_commit(config.out)
+        if config.corpus is not None:
+            pack(config.corpus)
+        for stream in filter(None, streams):
+            locate(stream)
+
+    distributed.main_first(work)
+    if distributed.world().rank == 0:
+        print(dump_config(config))
+
+
+def keep(model: Pretrained, processor: Processor, folder: Path) -> None:
+    """Weights and their processor, in a folder that ``from_pretrained`` reads; the first process writes it."""
+    if distributed.world().rank == 0:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def dry_folder() -> Path:
+    """A temporary folder, the same for all processes."""
+    mine = tempfile.mkdtemp(prefix="xvlm-dry-run-") if distributed.world().rank == 0 else ""
+    return Path(distributed.gather_objects(mine)[0])
