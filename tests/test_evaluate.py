@@ -136,7 +136,7 @@ def test_region_matching_of_an_untrained_model_reports_chance(world):
 
 def test_probe_numbers_and_report(world, tmp_path):
     model, processor, shards = world
-    where = probe.Slice(shards=shards.files[0].parent, tag="unseen")
+    where = probe.Slice(shards=shards.folder, tag="unseen")
     config = probe.ProbeConfig(slices={"unseen": where}, gallery=4, top_k=2)
     numbers, answered = probe.probe(Task(PretrainingConfig(), model), processor, config)
     assert {query.index % 2 for query in answered["unseen"]} == {1}  # every second test scene is an unseen one
