@@ -50,7 +50,7 @@ def test_labels_do_not_cover_each_other(photograph):
     same = BOX.repeat(4, 1)
     plates: list = []
     for _ in range(4):
-        plates.append(viz._place(tuple(same[0].tolist()), (80.0, 20.0), photograph.size, plates))
+        plates.append(viz._place(tuple(same[0].tolist()), (80.0, 20.0), photograph.size, plates, []))
     for i, plate in enumerate(plates):
         assert all(viz._overlap(plate, other) == 0 for other in plates[:i])
         assert plate[0] >= 0

@@ -15,7 +15,8 @@ from pydantic import Field
 
 from xvlm import evaluate, hub, report, train, viz
 from xvlm.config import Configured
-from xvlm.data.processor import Processor, decode_image
+from xvlm.data.images import decode_image
+from xvlm.data.processor import Processor
 from xvlm.data.shards import BrokenSample, Shards
 from xvlm.models.xvlm import XVLM
 

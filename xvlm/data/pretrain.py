@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from xvlm.boxes import merge
 from xvlm.config import Configured
-from xvlm.data.processor import Processor, decode_image, to_tensor
+from xvlm.data.images import decode_image
+from xvlm.data.processor import Processor, to_tensor
 from xvlm.data.records import Box, Object, Record
 from xvlm.data.shards import BrokenSample, Shards, epoch_order
 from xvlm.data.transforms import AugmentConfig, augment, targets
