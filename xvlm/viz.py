@@ -167,7 +167,7 @@ def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, x: str = "
     return _as_png(figure)
 
 
-def histograms(values: Mapping[str, Sequence[float]]) -> bytes:
+def histograms(values: Mapping[str, Sequence[int | float]]) -> bytes:
     """A PNG with one small histogram per title.
 
     Raises:

@@ -3,7 +3,7 @@
 import warnings
 from io import BytesIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
 QUALITY = 95  # of JPEG and WebP files that are written anew
@@ -21,20 +21,15 @@ def decode_image(data: bytes) -> Image.Image:
             image = Image.open(BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-        return image.convert("RGB")
+        return _eight_bits(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"image cannot be decoded ({len(data)} bytes): cannot identify its format") from None
     except Exception as error:  # decoders raise whatever the bytes make them trip over
         raise ValueError(f"image cannot be decoded ({len(data)} bytes): {error}") from None
 
 
-def encode_like(image: Image.Image, data: bytes) -> bytes:
-    """An RGB image in the format of another file: JPEG, WebP, or else PNG."""
-    kind, file = Image.open(BytesIO(data)).format, BytesIO()
-    image.save(file, {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(kind, "PNG"), quality=QUALITY)
-    return file.getvalue()
-
-
 def plain(data: bytes, *, turn: bool) -> Image.Image:
-    """The first frame of an image as 8-bit RGB: 16 bits are scaled to 8, transparency lies on white.
+    """The first frame of an image as RGB with 8 bits a channel; what is transparent lies on white.
 
     Args:
         turn: the way its EXIF orientation says.
@@ -42,9 +37,21 @@ def plain(data: bytes, *, turn: bool) -> Image.Image:
     image = Image.open(BytesIO(data))
     if turn:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return _eight_bits(image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8; Pillow's own conversion cuts off at 255, and all but the darkest turns white."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value / 257).convert("L")
+
+
+def encode_like(image: Image.Image, data: bytes) -> bytes:
+    """An RGB image in the format of another file: JPEG, WebP, or else PNG."""
+    kind, file = Image.open(BytesIO(data)).format, BytesIO()
+    image.save(file, {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(kind, "PNG"), quality=QUALITY)
+    return file.getvalue()

@@ -49,7 +49,7 @@ KINDS = {
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG file with more pictures behind the first, as phones write
 MODES = ("RGB", "L")
 TEXTS = ("captions", "descriptions", "attributes", "label", "text")
-SLIGHTLY = 0.02  # of the image's side; a box that sticks out by more may be of another format
+SLIGHTLY = 0.02  # of the image's side: a box that sticks out by no more is cut off, one by more is not believed
 
 ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = {2: "mirrored", 3: "by 180", 4: "flipped", 5: "transposed", 6: "by 90", 7: "transverse", 8: "by 270"}
@@ -217,18 +217,18 @@ def _box(place: Place, box: Any, size: tuple[int, int] | None) -> Iterator[Probl
             yield Problem("box-looks-relative", place, f"expected pixels {of}, these look like shares of it", box)
         return
     degenerate = left >= right or top >= bottom
-    far_out = right > width * (1 + SLIGHTLY) or bottom > height * (1 + SLIGHTLY)
-    if degenerate and min(right, bottom) > 0 and _inside((left, top, left + right, top + bottom), size):
+    out = max(-left / width, -top / height, right / width - 1, bottom / height - 1)  # by how much of the image
+    if (left > right or top > bottom) and _inside((left, top, left + right, top + bottom), size):
         yield Problem("box-looks-xywh", place, f"expected right and bottom {of}, these look like width and height", box)
-    elif far_out and not degenerate and _inside((left, top, right - left, bottom - top), size):
+    elif out > SLIGHTLY and not degenerate and _inside((left, top, right - left, bottom - top), size):
         message = f"sticks out {of}; it would not had right and bottom been read as such, not as width and height"
         yield Problem("box-looks-xyxy", place, message, box)
     elif degenerate:
         yield Problem("box-degenerate", place, "expected left < right and top < bottom", box, "drop")
     else:
         cut = [min(max(edge, 0), size[i % 2]) for i, edge in enumerate(box)]
-        keeps = _inside(cut, size)
-        yield Problem("box-outside", place, f"expected a box {of}", box, "put" if keeps else "drop", keeps and cut)
+        fix = "put" if out <= SLIGHTLY and _inside(cut, size) else "drop"
+        yield Problem("box-outside", place, f"expected a box {of}", box, fix, cut if fix == "put" else None)
 
 
 def _inside(box: Any, size: tuple[int, int]) -> bool:

@@ -52,7 +52,7 @@ class Stats:
         lines.append(f"{len(self.vocabulary)} different words, most often {common}")
         return lines
 
-    def distributions(self) -> dict[str, Sequence[float]]:
+    def distributions(self) -> dict[str, Sequence[int | float]]:
         """Titles and values for histograms."""
         words = {f"words in {kind}": values for kind, values in self.words.items()}
         boxes = {f"boxes of {kind}: side / image's": [share**0.5 for _, share in v] for kind, v in self.boxes.items()}
