@@ -1,6 +1,7 @@
 """Evaluation images are found in training sets, by name and by look; other photographs are not."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from PIL import Image, ImageFilter
 from xvlm.data.leaks import ALIKE, NEAR, Guard, Hashes, names, perceptual_hash
 from xvlm.data.records import Record
 from xvlm.data.shards import write_shards
+
+REAL = Path(__file__).parents[2] / "shared/data"
 
 
 def photograph(seed: int) -> Image.Image:
@@ -33,16 +36,16 @@ def distance(a: int, b: int) -> int:
     return (a ^ b).bit_count()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda image: image.resize((80, 60)),
-        lambda image: image.resize((224, 224)),
-        lambda image: Image.open(io.BytesIO(jpeg(image, 30))),
-        lambda image: image.convert("L"),
-        lambda image: image.point(lambda value: min(255, round(value * 1.1))),
-    ],
-)
+CHANGES = [
+    lambda image: image.resize((image.width // 4, image.height // 4)),
+    lambda image: image.resize((224, 224)),
+    lambda image: Image.open(io.BytesIO(jpeg(image, 30))),
+    lambda image: image.convert("L"),
+    lambda image: image.point(lambda value: min(255, round(value * 1.1))),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_hash_of_a_changed_photograph_is_near(change):
     for seed in range(10):
         image = photograph(seed)
@@ -54,6 +57,18 @@ def test_hashes_of_other_photographs_are_far():
     assert min(distance(a, b) for i, a in enumerate(hashes) for b in hashes[:i]) > NEAR
     mirrored = photograph(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert distance(perceptual_hash(mirrored), hashes[0]) > ALIKE
+
+
+def test_of_real_photographs_copies_are_near_and_others_far():
+    files = sorted((REAL / "coco_open/images").rglob("*.jpg"))[:150]
+    if not files:
+        pytest.skip(f"no photographs in {REAL / 'coco_open'}")
+    hashes = []
+    for i, file in enumerate(files):
+        image = Image.open(file).convert("RGB")
+        hashes.append(perceptual_hash(image))
+        assert distance(hashes[-1], perceptual_hash(CHANGES[i % len(CHANGES)](image))) <= NEAR, file
+    assert min(distance(a, b) for i, a in enumerate(hashes) for b in hashes[:i]) > NEAR
 
 
 @settings(max_examples=100, deadline=None)

@@ -4,6 +4,9 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +104,37 @@ def test_errors_of_workers_arrive_in_their_place():
         next(results)
     with pytest.raises(OSError, match="ended from outside"):
         list(ordered_map(end_this_process, range(3), 1))
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "mapping.py").write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(packing.__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, "mapping.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)
+    parent.kill()
+    parent.communicate()
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {worker} is still there")
+
+
+PARENT = """
+import itertools, os, time
+from xvlm.data.parallel import ordered_map
+
+def process(i):
+    return os.getpid()
+
+if __name__ == "__main__":
+    results = ordered_map(process, itertools.count(), 1)
+    print(next(results), flush=True)
+    time.sleep(60)
+"""
 
 
 class Stop(Exception):
@@ -279,6 +313,14 @@ def test_evaluation_images_are_dropped_and_counted(workers, source, held_out, tm
     assert "looks like elsewhere of" in looks.message
     assert (named.record, named.why) == ("r4", "leak")
     assert "(coco:7)" in named.message
+
+
+def test_when_nothing_is_left_the_reason_is_told(source, held_out, tmp_path):
+    source[:] = [sample(2)]
+    with pytest.raises(
+        ValueError, match=r"no samples to pack; 1 were left out, the first because looks like elsewhere"
+    ):
+        pack(config(tmp_path / "out", avoid=[held_out]))
 
 
 def test_evaluation_images_may_be_reported_only(source, held_out, tmp_path):

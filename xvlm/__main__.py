@@ -235,13 +235,20 @@ def data_check(
         asked = {"reader": reader, "out": folder, "folder": folder, "splits": {split: None}}
         config = CorpusConfig.model_validate(asked | {"allow_missing": allow_missing})
         items = check.read(read(config, split, None), str(folder))
-    cores = _cores() if workers is None else workers
-    options = {"max_words": max_words, "near_duplicates": near_duplicates, "ignore": set(ignore or []), "fix": fix}
-    report = check.check(items, workers=cores, **options)
-    for problem in report.problems:
-        typer.echo(str(problem))
-    for line in report.summary():
+    report = check.check(
+        items,
+        max_words=max_words,
+        near_duplicates=near_duplicates,
+        ignore=set(ignore or []),
+        workers=_cores() if workers is None else workers,
+        fix=fix,
+        progress=True,
+    )
+    for line in [*map(str, report.problems), *report.summary()]:
         typer.echo(line)
+    if fix is not None:
+        typer.echo(f"{fix}: {len(report.changes)} changes, listed in {fix / check.CHANGES}")
+    typer.echo(f"{folder}: {report.records} records, {len(report.problems)} problems{' left' if fix else ''}")
     raise typer.Exit(1 if report.problems else 0)
 
 

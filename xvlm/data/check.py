@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from tqdm import tqdm
+
 from xvlm import hub
 from xvlm.data.leaks import Hashes, perceptual_hash
 from xvlm.data.parallel import ordered_map
@@ -103,6 +105,7 @@ def check(
     ignore: Collection[str] = (),
     workers: int = 0,
     fix: Path | None = None,
+    progress: bool = False,
 ) -> Report:
     """Everything that is wrong with records.
 
@@ -121,7 +124,8 @@ def check(
     """
     report = Report()
     look = partial(_look, max_words=max_words, ignore=ignore, hashed=near_duplicates, fix=fix is not None)
-    seen = _gathered(ordered_map(look, items, workers), report, fix is not None)
+    bar = tqdm(items, desc="checking", unit="record", disable=not progress)
+    seen = _gathered(ordered_map(look, bar, workers), report, fix is not None)
     if fix is None:
         for _ in seen:
             pass

@@ -20,12 +20,17 @@ _UNCHECKED = ContextVar("unchecked", default=False)
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Records made inside may have boxes and spans anywhere: for a check that lists what is wrong with all of them."""
+    """Records made inside may have boxes and spans anywhere, for a check that lists what is wrong with all of them."""
     before = _UNCHECKED.set(True)
     try:
         yield
     finally:
         _UNCHECKED.reset(before)
+
+
+def is_unchecked() -> bool:
+    """Whether this is inside :func:`unchecked`, where a reader should leave boxes as its file has them."""
+    return _UNCHECKED.get()
 
 
 class Strict(BaseModel):
@@ -121,7 +126,7 @@ class Record(Strict):
 
     @model_validator(mode="after")
     def boxes_lie_in_the_image(self) -> "Record":
-        if _UNCHECKED.get():
+        if is_unchecked():
             return self
         boxed: list[tuple[str, Box]] = [(f"regions.{i}", r.box_xyxy) for i, r in enumerate(self.regions)]
         boxed += [(f"objects.{i}", o.box_xyxy) for i, o in enumerate(self.objects)]

@@ -159,12 +159,13 @@ def write_shards(
         if kept:
             finish()
     if not finished:
-        raise ValueError(f"{folder}: there are no samples to pack")
+        left_out = f"; {len(remarks)} were left out, the first because {remarks[0].message}" if remarks else ""
+        raise ValueError(f"{folder}: there are no samples to pack{left_out}")
     remarks = [remark for part in finished for remark in part.remarks] + remarks
     if remarks:
         hub.write_atomically(folder / REMARKS, "".join(remark.model_dump_json() + "\n" for remark in remarks))
     written = {part.shard.file for part in finished}
-    for leftover in folder.glob("[0-9]*.tar"):
+    for leftover in [*folder.glob("[0-9]*.tar"), *folder.glob(".[0-9]*.tar.unfinished")]:
         if leftover.name not in written:
             leftover.unlink()
     counts = _total(part.counts for part in finished)
