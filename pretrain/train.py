@@ -78,6 +78,7 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
         config = config.model_copy(update={"train": config.train.model_copy(update={"trackers": []})})
     accelerator = train.make_accelerator(config.train, config.out, all_heads=uses_all_heads(config))
     config = dry(config) if dry_run else config
+    keep_groups_whole(config)
     if finished(config):
         return
     started = time.time() - train.seconds_so_far(config.out)
@@ -91,6 +92,7 @@ def run(config: PretrainRun, *, dry_run: bool = False) -> None:
 
     def open_stream(stream: pretrain.StreamConfig, start: int):
         place = {"seed": config.train.seed, "start": start, "rank": world.rank, "world": world.size}
+        place["turns"] = config.train.accumulate
         return pretrain.loader(stream, processor, config.masking, **place)
 
     streams = {name: partial(open_stream, stream) for name, stream in config.streams.items() if stream is not None}
@@ -132,6 +134,15 @@ def uses_all_heads(config: PretrainRun) -> bool:
     return config.train.recipe == "joint" and all(weights) and config.streams.get("region") is not None
 
 
+def keep_groups_whole(config: PretrainRun) -> None:
+    """Negatives are drawn within groups of images, so each group has to be on one process, in one turn."""
+    among = config.task.negatives_among or 1
+    for name, stream in config.streams.items():
+        part = stream.images // (distributed.world().size * config.train.accumulate) if stream is not None else among
+        if part % among:
+            raise ConfigError(f"task.negatives_among is {among}, but a turn of streams.{name} has {part} images")
+
+
 def make_processor(config: PretrainRun) -> Processor:
     if config.tokenizer == "scenes":
         processor = Processor.from_vocabulary(scenes.vocabulary(), config.processor)
@@ -171,7 +182,11 @@ def dry(config: PretrainRun) -> PretrainRun:
     )
     streams = {
         name: stream.model_copy(
-            update={"shards": [out / "shards/train"], "images": 4 * distributed.world().size, "kinds": ["region"]}
+            update={
+                "shards": [out / "shards/train"],
+                "images": 4 * distributed.world().size * config.train.accumulate,
+                "kinds": ["region"],
+            }
         )
         for name, stream in config.streams.items()
         if stream is not None

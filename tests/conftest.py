@@ -1,4 +1,4 @@
-"""Shared by the tests: one torch thread, seeds, the folder of reference arrays, a tiny model."""
+"""Shared by the tests: one torch thread, seeds, the folders of reference arrays."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import reference
 import torch
 
 torch.set_num_threads(1)
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser):
     parser.addoption("--goldens", default=str(ROOT.parent / "shared/goldens"), help="folder of reference arrays")
+    parser.addoption("--differences", action="store_true", help="print the largest ones, for each folder compared")
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +30,25 @@ def goldens(request) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference arrays in {folder}")
     return folder
+
+
+def pytest_generate_tests(metafunc):
+    """A module's ``GOLDENS`` says of which cases its fixtures are made: from ``--goldens``, and from our small ones."""
+    for fixture, cases in getattr(metafunc.module, "GOLDENS", {}).items():
+        if fixture in metafunc.fixturenames:
+            given = [Path(metafunc.config.getoption("--goldens")) / case for case in cases]
+            small = [folder for case in cases if (folder := reference.OURS / case).is_dir()]
+            names = [*cases, *(f"small_{folder.name}" for folder in small)]
+            metafunc.parametrize(fixture, given + small, indirect=True, scope="module", ids=names)
+
+
+@pytest.fixture(scope="module")
+def golden(request) -> reference.Golden:
+    return reference.Golden(request.param)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--differences"):
+        terminalreporter.section("largest differences")
+        for line in reference.table():
+            terminalreporter.line(line)

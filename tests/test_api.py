@@ -18,6 +18,7 @@ PUBLIC = [
     "__version__",
     "boxes",
     "draw",
+    "embed",
     "evaluate",
     "fit",
     "load_config",

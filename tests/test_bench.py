@@ -11,7 +11,9 @@ import torch
 from test_cli import error_of, lines_of
 from test_model import VIT
 
-from xvlm import bench
+from xvlm.bench import measure, retrieval
+from xvlm.bench import step as bench
+from xvlm.bench.naive import fuse_padded, naive_losses, read_padded
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 from xvlm.types import Texts, Words
 
@@ -33,7 +35,7 @@ def test_the_naive_step_has_the_same_losses_and_gradients(vision, texts_per_imag
     torch.manual_seed(1)  # both draw the same negatives
     packed = Task(PretrainingConfig(), model).losses(batch, boxes=True)
     torch.manual_seed(1)
-    naive = bench.naive_losses(model, batch)
+    naive = naive_losses(model, batch)
     assert packed.keys() == naive.keys()
     for name, loss in packed.items():
         torch.testing.assert_close(naive[name], loss, atol=1e-5, rtol=0, msg=name)
@@ -64,12 +66,12 @@ def test_packed_padded_shared_and_unshared_give_the_same_numbers(vision):
         torch.testing.assert_close(got.states, expected[got.mask], atol=1e-5, rtol=1e-5)
 
     words = model.encode_text(batch.texts)
-    padded = bench.read_padded(model.text, batch.texts.ids, batch.texts.mask)
+    padded = read_padded(model.text, batch.texts.ids, batch.texts.mask)
     same(words, padded)
     for i in range(len(batch.texts.ids)):
         same(model.encode_text(one(batch.texts, i)), padded[i : i + 1])
 
-    expected = bench.fuse_padded(model, padded[of], batch.texts.mask[of], concepts.take(about))
+    expected = fuse_padded(model, padded[of], batch.texts.mask[of], concepts.take(about))
     same(model.fuse(words, concepts, about, of), expected)  # one call, shared
     same(model.fuse(words.take(of), concepts, about), expected)  # one call, each question with a text of its own
     same(model.fuse(words, concepts, about, of, only), expected)  # only the words wanted
@@ -104,21 +106,21 @@ def test_peak_memory_counts_what_is_alive_at_once():
             y = x + 1  # made anew each time, beside the one before
             y.view(10, 100).mul_(2)  # the same memory
 
-    assert bench._peak_bytes(torch.device("cpu"), work) == 2 * 4000
+    assert measure.peak_bytes(torch.device("cpu"), work) == 2 * 4000
 
 
 def test_peaks_are_found_by_name():
-    assert bench.known_peak("NVIDIA A100-SXM4-80GB") == bench.PEAK_TFLOPS["A100"]
-    assert bench.known_peak("NVIDIA H100 PCIe") == bench.PEAK_TFLOPS["H100 PCIe"]
-    assert bench.known_peak("NVIDIA H100 80GB HBM3") == bench.PEAK_TFLOPS["H100"]
-    assert bench.known_peak("cpu") is None
+    assert measure.known_peak("NVIDIA A100-SXM4-80GB") == measure.PEAK_TFLOPS["A100"]
+    assert measure.known_peak("NVIDIA H100 PCIe") == measure.PEAK_TFLOPS["H100 PCIe"]
+    assert measure.known_peak("NVIDIA H100 80GB HBM3") == measure.PEAK_TFLOPS["H100"]
+    assert measure.known_peak("cpu") is None
 
 
 @pytest.fixture
 def tinier(monkeypatch):
     """No wait for the words of a real vocabulary and for a large product."""
     monkeypatch.setitem(bench.SIZES, "tiny", tiny.CONFIG)
-    monkeypatch.setattr(bench, "_product", lambda device, dtype: lambda: 1000)
+    monkeypatch.setattr(measure, "large_product", lambda device, dtype: lambda: 1000)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -149,3 +151,11 @@ def test_what_cannot_be_measured_ends_in_one_line(monkeypatch):
     assert "two images or texts" in error_of(monkeypatch, *step, "--images", 1, "--texts-per-image", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU" in error_of(monkeypatch, *step, "--device", "cuda")
+
+
+def test_both_ways_of_re_ranking_score_the_same_candidates_alike():
+    result = retrieval.bench_retrieval("tiny", images=5, texts_per_image=3, top_k=4, device="cpu", repeats=1)
+    assert result.score_difference < 1e-4
+    assert result.pairs_asked == 5 * 4 + 15 * 4 and 40 <= result.pairs_scored < result.pairs_asked
+    assert result.flops < result.naive_flops / 3
+    assert result.lines()[5].startswith("| re-ranking, s |")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from xvlm.data import check
 from xvlm.data.problems import KINDS, Item, Problem, decoded_again, problems_of, put_right
+from xvlm.data.readers import csv_table
 from xvlm.data.records import Record, unchecked
 from xvlm.data.shards import Index, Shard, Shards, write_shards
 
@@ -412,6 +413,22 @@ def test_a_source_is_checked_although_its_boxes_are_no_boxes():
     ]
     with pytest.raises(ValueError, match="not a box inside"):
         Record.model_validate(document(objects=[{"box_xyxy": [9, 9, 9, 20], "label": "dog"}]))
+
+
+def test_every_bad_box_of_a_table_is_told_though_its_reader_would_stop_at_the_first(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(PHOTOGRAPH)
+    boxes = ["10,10,50,60", "10,10,10,60", "60,40,50,30", "10,10,900,60", "0.1,0.1,0.5,0.5"]
+    lines = ["image,left,top,right,bottom,text", *(f"a.jpg,{box},a girl" for box in boxes)]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="line 3"):
+        list(csv_table.read(tmp_path, "train"))
+    report = check.check(check.read(csv_table.read(tmp_path, "train"), str(tmp_path)))
+    assert [(".".join(map(str, problem.place)), problem.kind) for problem in report.problems] == [
+        ("regions.1.box_xyxy", "box-degenerate"),
+        ("regions.2.box_xyxy", "box-looks-xywh"),
+        ("regions.3.box_xyxy", "box-outside"),
+        ("regions.4.box_xyxy", "box-looks-relative"),
+    ]
 
 
 def test_boxes_that_a_reader_cut_off_at_the_border_are_noticed():

@@ -1,6 +1,8 @@
 """Official checkpoint files become ours whole or not at all."""
 
 import json
+import re
+import shutil
 import types
 from pathlib import Path
 
@@ -9,13 +11,14 @@ import official
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_parity import read, text_config, vision_config
 
-from xvlm.models import checkpoints, convert, resize
-from xvlm.models.xvlm import XVLM
+from xvlm.models import checkpoints, convert, golden, kinds, resize
+from xvlm.models.decoder import Answerer, Captioner
+from xvlm.models.xvlm import PRETRAINING_HEADS, XVLM
 from xvlm.types import Texts
 
 TABLE = "vision.trunk.layers.0.blocks.0.attn.relative_position_bias_table"
-UNKNOWN = "so far only pre-training \\(Swin, BERT\\) is supported"
 
 
 @pytest.fixture
@@ -29,9 +32,10 @@ def test_every_tensor_is_renamed_or_dropped_for_a_reason(state):
     assert not converted.renamed.keys() & converted.dropped.keys()
     assert len(set(converted.renamed.values())) == len(converted.renamed) == len(converted.state)
     for name, new in converted.renamed.items():
-        assert converted.state[new] is state[name]
+        assert converted.state[new[0]] is state[name]
     assert len(converted.dropped) == 3 + 1 + 1 + 2  # index of each block, a mask, positions, tied weight and bias
     assert converted.resized == {}
+    assert converted.fresh == []
     lines = converted.lines()
     assert "renamed temp -> temperature" in lines
     name = "vision_encoder.layers.*.blocks.*.attn.relative_position_index"
@@ -83,7 +87,8 @@ def test_leftovers_in_either_direction_are_listed(state):
     state |= {name: torch.zeros(1) for name in ("queue", "vision_encoder.head.weight", "text_encoder.bert.extra")}
     with pytest.raises(ValueError) as refused:
         checkpoints.official(state)
-    left, missing = str(refused.value).split("; ")
+    kind, left, missing = re.split("; |, but ", str(refused.value))
+    assert kind == "of kind pretraining (Swin, BERT)"
     assert left == "left over in the file: queue, text_encoder.bert.extra, vision_encoder.head.weight"
     assert missing == "missing from the file: text.layers.1.contract.bias, image_projection.bias"
 
@@ -118,13 +123,20 @@ def test_a_width_that_does_not_tell_the_heads_asks_for_them():
     assert checkpoints.official(state, heads=4).config.text.heads == 4
 
 
-def test_a_state_dict_of_something_else_is_said_to_be_that():
+def test_a_state_dict_of_something_else_is_said_to_be_that(state):
     with pytest.raises(
-        ValueError, match="not an official X-VLM checkpoint: no tensor of a known vision_encoder among fc"
+        ValueError, match=r"not an official checkpoint of X-VLM or ALBEF: no image and text .* among fc"
     ):
         checkpoints.official({"fc.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=f"kind ALBEF; {UNKNOWN}"):
-        checkpoints.official({"visual_encoder.cls_token": torch.zeros(1)})
+    vision = {name: tensor for name, tensor in state.items() if name.startswith("vision_encoder.")}
+    with pytest.raises(ValueError, match="not an official checkpoint"):
+        checkpoints.official(vision)
+    text = official.checkpoint("grounding")
+    towers = {name: tensor for name, tensor in text.items() if not name.startswith("bbox_head.")}
+    with pytest.raises(ValueError, match="towers without a head: expected one of temp, "):
+        checkpoints.official(towers)
+    with pytest.raises(ValueError, match="its cls_head is not X-VLM's: ALBEF's NLVR2 and visual entailment models"):
+        checkpoints.official(towers | {"cls_head.2.weight": torch.zeros(3, 64)})
 
 
 class RunsCode:
@@ -166,14 +178,162 @@ def test_files_that_are_no_plain_weights_are_refused_in_one_line(tmp_path, capsy
 def test_the_card_says_where_the_weights_come_from(tmp_path, state):
     file = tmp_path / "16m.th"
     torch.save({"model": state, "config": {"train_file": ["coco.json"], "odd": torch.zeros(1)}}, file)
-    card = checkpoints.card("mine", file, checkpoints.read(file, image_size=48))
-    for part in ("# mine", "16m.th", "SHA-256", "- coco.json", "BSD-3-Clause", "3 position tables were resized"):
+    converted = checkpoints.read(file, image_size=48, task="vqa")
+    model = checkpoints.build(converted, file)
+    card = checkpoints.card("mine", file, converted, model)
+    parameters = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    for part in (
+        "# mine",
+        parameters,
+        "8 tensors started fresh",
+        "from xvlm.models.decoder import Answerer",
+        "16m.th",
+        "SHA-256",
+        "- coco.json",
+        "BSD-3-Clause",
+        "3 position tables were resized",
+    ):
         assert part in card
 
 
+TINY = [(task, "swin", "(Swin, BERT)") for task in kinds.TASKS]
+TINY += [("pretraining", "vit", "(ViT, BERT)")]
+TINY += [(task, "clip", "(CLIP-ViT, BERT)") for task in ("pretraining", "vqa")]
+TINY += [(task, "roberta", "(Swin, RoBERTa)") for task in ("pretraining", "retrieval", "vqa", "captioning")]
+TINY += [(task, "albef", "(ViT, BERT)") for task in ("pretraining", "retrieval", "vqa", "nlvr_pretraining")]
+
+
+@pytest.mark.parametrize(("task", "towers", "words"), TINY)
+def test_every_kind_is_accounted_for_and_loads(tmp_path, task, towers, words):
+    roberta, trunk = towers == "roberta", "swin" if towers == "roberta" else towers
+    state = official.checkpoint(task, trunk, roberta=roberta)
+    torch.save(state, tmp_path / "official.th")
+    converted = checkpoints.read(tmp_path / "official.th")
+    assert str(converted.kind) == f"{'ALBEF ' * (trunk == 'albef')}{task} {words}"
+    assert converted.renamed.keys() | converted.dropped.keys() == state.keys()
+    assert not converted.fresh
+    unused = "index|mask|position_ids|decoder\\.(weight|bias)|crossattention.self.(key|value)|_m\\.|queue"
+    assert all(re.search(unused, name) for name in converted.dropped)
+    text = converted.config.text
+    assert (text.text_layers, text.cross_layers, text.looks) == (2, 2, 2 if task.startswith("nlvr") else 1)
+    assert (text.position_offset, text.norm_eps) == ((2, 1e-5) if roberta else (0, 1e-12))
+    made = {"vqa": Answerer, "captioning": Captioner}.get(task, XVLM)
+    model = made.from_pretrained(tmp_path / "official.th")
+    with torch.no_grad():
+        model.save_pretrained(tmp_path / "mine")
+    assert golden.differences(checkpoints.load(tmp_path / "mine"), tmp_path / "mine")[1]
+
+
+@pytest.mark.parametrize("trunk", ["vit", "clip", "albef"])
+def test_a_vit_is_read_off_and_takes_other_sizes(trunk):
+    state = official.checkpoint(trunk=trunk)
+    vision = checkpoints.official(state).config.vision
+    assert vision.image_size == (32, 32)
+    assert {key: vision.options[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")} == {
+        **{"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
+    }
+    assert vision.local_layers == (0 if trunk == "albef" else 1)
+    larger = checkpoints.official(state, image_size=48)
+    assert larger.resized == {"vision.trunk.pos_embed": ((1, 17, 64), (1, 37, 64))}
+    assert checkpoints.build(larger, "x").encode_image(torch.zeros(1, 3, 48, 48)).grid == (6, 6)
+    for size in (0, -8, 20):
+        with pytest.raises(ValueError, match=rf"image size {size}: patches of 8 pixels"):
+            checkpoints.official(state, image_size=size)
+
+
+def test_what_albef_trains_with_is_dropped_and_its_matching_head_kept():
+    state = official.checkpoint(trunk="albef")
+    converted = checkpoints.official(state)
+    assert converted.config.matching == "linear"
+    assert converted.config.heads == tuple(head for head in PRETRAINING_HEADS if head != "box_head")
+    assert torch.equal(converted.state["itm_head.weight"], state["itm_head.weight"])
+    assert converted.dropped["image_queue"] == "features of past batches, which only training needs"
+    assert converted.dropped["text_encoder_m.bert.embeddings.LayerNorm.bias"].startswith("an averaged copy")
+    left_over = {name: tensor for name, tensor in state.items() if name != "text_proj.bias"} | {"queue": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"left over in the file: queue; missing from the file: text_projection.bias"):
+        checkpoints.official(left_over)
+
+
+STARTED = [("swin", task) for task in kinds.TASKS[1:]]
+STARTED += [("clip", "vqa"), ("albef", "retrieval"), ("albef", "grounding"), ("albef", "nlvr")]
+
+
+@pytest.mark.parametrize(("trunk", "task"), STARTED)
+def test_a_pretraining_file_starts_every_task(trunk, task):
+    state = official.checkpoint(trunk=trunk)
+    started = checkpoints.official(state, task=task)
+    assert started.renamed.keys() | started.dropped.keys() == state.keys()
+    assert {new for places in started.renamed.values() for new in places} == started.state.keys()
+    first_fresh = {"nlvr": "truth_head", "nlvr_pretraining": "assignment_head"}
+    first_fresh |= {"vqa": "decoder"} if trunk == "swin" else {}
+    first_fresh |= {"grounding": "box_head"} if trunk == "albef" else {}
+    assert {name.partition(".")[0] for name in started.fresh} == {first_fresh.get(task)} - {None}
+    model = checkpoints.build(started, "x")
+    assert type(model).__name__ == {"vqa": "Answerer", "captioning": "Captioner"}.get(task, "XVLM")
+    source = "text_encoder.bert.encoder.layer.3.output.dense.bias"
+    places = {
+        "nlvr": ("cross.layers.2.contract.bias", "cross.layers.3.contract.bias"),
+        "vqa": ("cross.layers.1.contract.bias", "decoder.cross.layers.1.contract.bias"),
+        "captioning": ("decoder.cross.layers.1.contract.bias",),
+    }
+    places["nlvr_pretraining"] = places["nlvr"]
+    assert started.renamed[source] == places.get(task, ("cross.layers.1.contract.bias",))
+    assert all(torch.equal(model.state_dict()[name], state[source]) for name in started.renamed[source])
+    assert any("no place for it" in line for line in started.lines())
+    assert sum(line.startswith("started fresh ") for line in started.lines()) <= len(started.fresh)
+
+
+def test_text_assignment_starts_nlvr2_layer_by_layer():
+    state = official.checkpoint("nlvr_pretraining")
+    started = checkpoints.official(state, task="nlvr")
+    own = checkpoints.official(state)
+    assert all(tensor is started.state[name] for name, tensor in own.state.items() if name in started.state)
+    assert {name.partition(".")[0] for name in started.fresh} == {"truth_head"}
+    assert started.dropped["ta_head.bias"] == "a nlvr model has no place for it"
+
+
+@pytest.mark.parametrize("task", [*kinds.TASKS[1:], "segmentation"])
+def test_a_task_that_a_file_does_not_start_is_refused(task):
+    state = official.checkpoint("vqa" if task == "captioning" else "captioning")
+    expected = {
+        "captioning": "a captioning model starts from pretraining",
+        "nlvr": "a nlvr model starts from pretraining or nlvr_pretraining",
+        "segmentation": "no task 'segmentation'; there are pretraining, retrieval, ",
+    }
+    with pytest.raises(
+        ValueError, match=expected.get(task, rf"kind captioning .*; a {task} model starts from pretrain")
+    ):
+        checkpoints.official(state, task=task)
+    with pytest.raises(ValueError, match="a pretraining model starts from none but its own"):
+        checkpoints.official(state, task="pretraining")
+
+
+def test_an_official_file_of_another_model_is_refused_by_from_pretrained(tmp_path):
+    torch.save(official.checkpoint("captioning"), tmp_path / "official.th")
+    with pytest.raises(
+        ValueError, match=r"official.th: holds .* Captioner: load it with Captioner.from_pretrained, not"
+    ):
+        XVLM.from_pretrained(tmp_path / "official.th")
+
+
+def test_untied_keys_of_a_second_look_are_named():
+    state = official.checkpoint("nlvr")
+    first = "text_encoder.encoder.layer.2.crossattention.self.key.weight"
+    second = first.replace("2", "3")
+    with pytest.raises(ValueError, match=f"{second} differs from {first}, to which it should be tied"):
+        checkpoints.official(state | {second: state[second] + 1})
+
+
+COMPARED = re.compile(r"word_embeddings|predictions|lm_head|crossattention\.self\.(key|value)|bias_table|pos_embed")
+
+
 def without_memory(keys: dict) -> official.State:
-    """Zeros of any size, each stored in a single number."""
-    return {name: torch.zeros((), dtype=getattr(torch, k["dtype"])).expand(k["shape"]) for name, k in keys.items()}
+    """Shapes alone; what is compared with another tensor or resized is zero, stored in a single number."""
+    state = {}
+    for name, key in keys.items():
+        device = "cpu" if COMPARED.search(name) else "meta"
+        state[name] = torch.zeros((), dtype=getattr(torch, key["dtype"]), device=device).expand(key["shape"])
+    return state
 
 
 @pytest.fixture(scope="module")
@@ -184,51 +344,142 @@ def real(request):
     return json.loads(file.read_text())["models"]
 
 
-@pytest.mark.parametrize(("size", "window"), [(None, 7), (384, 12), (480, 15)])
-def test_real_size(real, size, window):
-    state = without_memory(real["pretrain_swin224"]["keys"])
-    converted = checkpoints.official(state, image_size=size)
+REAL = {
+    "pretrain_swin224": "pretraining (Swin, BERT)",
+    "pretrain_clipvit224": "pretraining (CLIP-ViT, BERT)",
+    "pretrain_vit224": "pretraining (ViT, BERT)",
+    "pretrain_swin224_roberta": "pretraining (Swin, RoBERTa)",
+    "retrieval_swin384": "retrieval (Swin, BERT)",
+    "vqa_swin384": "vqa (Swin, BERT)",
+    "nlvr_swin384": "nlvr (Swin, BERT)",
+    "nlvr_pretrain_swin384": "nlvr_pretraining (Swin, BERT)",
+    "grounding_bbox_swin384": "grounding (Swin, BERT)",
+    "captioning_swin384": "captioning (Swin, BERT)",
+    "captioning_pretrain_swin224": "captioning (Swin, BERT)",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_size(real, name):
+    state = without_memory(real[name]["keys"])
+    converted = checkpoints.official(state)
+    assert str(converted.kind) == REAL[name]
     assert converted.renamed.keys() | converted.dropped.keys() == state.keys()
-    assert converted.config.vision.options == ({} if size is None else {"window_size": window})
-    assert (converted.config.text.heads, converted.config.text.text_layers, converted.config.text.cross_layers) == (
-        12,
-        6,
-        6,
-    )
-    tables = sum(t.numel() for name, t in converted.state.items() if "bias_table" in name)
+    assert not converted.renamed.keys() & converted.dropped.keys()
+    assert sum(tensor.numel() for tensor in converted.state.values()) == real[name]["num_params"]
+    text, side = converted.config.text, int(name.partition("_")[2].strip("abcdefghijklmnopqrstuvwxyz_"))
+    assert (text.heads, text.text_layers, text.cross_layers) == (12, 6, 6)
+    assert converted.config.vision.image_size == (side, side)
+    windows = {"window_size": 12} if side == 384 else {}
+    assert converted.config.vision.options == windows  # else timm's own
+    assert not converted.fresh
+    assert not converted.resized
+
+
+@pytest.mark.parametrize(("name", "size"), [("pretrain_swin224", 384), ("pretrain_swin224", 480), ("vqa_swin384", 480)])
+def test_real_size_at_another_resolution(real, name, size):
+    state = without_memory(real[name]["keys"])
+    table = "vision_encoder.layers.3.blocks.1.attn.relative_position_bias_table"
+    state[table] = torch.randn(state[table].shape)
+    converted = checkpoints.official(state, image_size=size)
+    window = size // 32
+    assert converted.config.vision.options == {"window_size": window}
     heads = 2 * 4 + 2 * 8 + 18 * 16 + 2 * 32
-    assert tables == heads * (2 * window - 1) ** 2
-    assert sum(t.numel() for t in converted.state.values()) - tables + heads * 169 == 215_637_241
-    assert len(converted.resized) == (0 if size is None else 24)
+    tables = [tensor for name, tensor in converted.state.items() if "bias_table" in name]
+    assert len(converted.resized) == len(tables) == 24
+    assert sum(map(torch.numel, tables)) == heads * (2 * window - 1) ** 2
+    (ours,) = converted.renamed[table]
+    assert torch.equal(converted.state[ours], resize.relative_positions(state[table], window))
 
 
-def test_other_kinds_are_named_and_refused(real):
-    kinds = {
-        "pretrain_swin224": "pre-training (Swin, BERT)",
-        "pretrain_clipvit224": "pre-training (CLIP-ViT, BERT)",
-        "pretrain_vit224": "pre-training (ViT, BERT)",
-        "pretrain_swin224_roberta": "pre-training (Swin, RoBERTa)",
-        "retrieval_swin384": "retrieval (Swin, BERT)",
-        "vqa_swin384": "VQA (Swin, BERT)",
-        "nlvr_swin384": "NLVR2 (Swin, BERT)",
-        "nlvr_pretrain_swin384": "NLVR2 pre-training (Swin, BERT)",
-        "grounding_bbox_swin384": "box grounding (Swin, BERT)",
-        "captioning_swin384": "captioning (Swin, BERT)",
-        "captioning_pretrain_swin224": "captioning (Swin, BERT)",
+@pytest.mark.parametrize("name", ["pretrain_vit224", "pretrain_clipvit224"])
+def test_real_size_vits_at_another_resolution(real, name):
+    state = without_memory(real[name]["keys"])
+    (table,) = (name for name in state if name.startswith("vision_encoder.pos_embed"))
+    state[table] = torch.randn(state[table].shape)
+    converted = checkpoints.official(state, image_size=384)
+    expected = resize.absolute_positions(state[table].view(1, 197, 768), (14, 14), (24, 24))
+    assert torch.equal(converted.state["vision.trunk.pos_embed"], expected)
+    assert converted.resized == {"vision.trunk.pos_embed": ((1, 197, 768), (1, 577, 768))}
+
+
+# What the public loaders print as missing when each task starts from pre-training; all else is there.
+@pytest.mark.parametrize(
+    ("task", "like", "fresh"),
+    [
+        ("vqa", "vqa_swin384", 24),
+        ("nlvr", "nlvr_swin384", 6),
+        pytest.param("nlvr_pretraining", "nlvr_pretrain_swin384", 2, marks=pytest.mark.slow),
+        pytest.param("retrieval", "retrieval_swin384", 0, marks=pytest.mark.slow),
+        pytest.param("grounding", "grounding_bbox_swin384", 0, marks=pytest.mark.slow),
+        pytest.param("captioning", "captioning_swin384", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_real_size_from_pretraining_to_each_task(real, task, like, fresh):
+    state = without_memory(real["pretrain_swin224"]["keys"])
+    started = checkpoints.official(state, image_size=384, task=task)
+    wanted = checkpoints.official(without_memory(real[like]["keys"]))
+    assert started.config == wanted.config
+    assert started.state.keys() | set(started.fresh) == wanted.state.keys()
+    assert len(started.fresh) == fresh
+    assert all(started.state[name].shape == wanted.state[name].shape for name in started.state)
+    assert started.renamed.keys() | started.dropped.keys() == state.keys()
+    assert {new for places in started.renamed.values() for new in places} == started.state.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_real_size_through_a_folder(real, tmp_path, name):
+    torch.manual_seed(0)
+    noise = {key: 0.02 * torch.randn(a["shape"]) for key, a in real[name]["keys"].items() if a["dtype"] == "float32"}
+    whole = {
+        key: torch.zeros(a["shape"], dtype=torch.long) for key, a in real[name]["keys"].items() if key not in noise
     }
-    states = {name: without_memory(model["keys"]) for name, model in real.items()}
-    assert {name: checkpoints.kind(state) for name, state in states.items()} == kinds
-    for name, state in states.items():
-        if name != "pretrain_swin224":
-            with pytest.raises(ValueError, match=UNKNOWN):
-                checkpoints.official(state)
+    tied = {second: noise[first] for first, second in real[name]["tied"]}
+    torch.save({"model": noise | whole | tied, "config": {"image_res": 224}}, tmp_path / "official.th")
+    model = checkpoints.load(tmp_path / "official.th")
+    assert sum(p.numel() for p in model.parameters()) == real[name]["num_params"]
+    model.save_pretrained(tmp_path / "mine")
+    assert golden.differences(checkpoints.load(tmp_path / "mine"), tmp_path / "mine")[1]
+    shutil.rmtree(tmp_path)
 
 
-def test_reference_arrays_through_a_file(goldens, tmp_path):
-    folder = goldens / "pretrain_swin"
+ARRAYS = {
+    "pretrain_swin": (PRETRAINING_HEADS, 1),
+    "pretrain_swin_roberta": (PRETRAINING_HEADS, 1),
+    "pretrain_vit": (PRETRAINING_HEADS, 1),
+    "pretrain_clipvit": (PRETRAINING_HEADS, 1),
+    "retrieval_swin": (kinds.HEADS["retrieval"], 1),
+    "bbox_swin": (kinds.HEADS["grounding"], 1),
+    "nlvr_swin": (kinds.HEADS["nlvr"], 2),
+    "nlvr_pretrain_swin": (kinds.HEADS["nlvr_pretraining"], 2),
+    "vqa_swin": (None, 1),
+    "captioning_swin": (None, 1),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_the_shape_of_the_reference_models_is_found(goldens, case):
+    folder = goldens / case
+    manifest, (heads, looks) = read(folder / "manifest.json"), ARRAYS[case]
+    text = text_config(manifest["text_config"]).model_copy(update={"looks": looks})
+    config = checkpoints.official(load_file(folder / "state.safetensors"), heads=text.heads).config
+    assert config.text == text
+    if manifest["config"]["use_swin"]:
+        assert config.vision == vision_config(manifest["config"], manifest["vision_config"])
+    if heads is not None:
+        assert config.heads == heads
+    elif case == "vqa_swin":
+        assert config.decoder_layers == manifest["config"]["num_dec_layers"]
+
+
+@pytest.mark.parametrize("case", [case for case in ARRAYS if case.startswith("pretrain")])
+def test_reference_arrays_through_a_file(goldens, tmp_path, case):
+    folder = goldens / case
     torch.save({"model": load_file(folder / "state.safetensors")}, tmp_path / "official.th")
-    shape = json.loads((folder / "manifest.json").read_text())["text_config"]
-    model = checkpoints.load(tmp_path / "official.th", heads=shape["num_attention_heads"])
+    shape = read(folder / "manifest.json")["text_config"]
+    converted = checkpoints.read(tmp_path / "official.th", heads=shape["num_attention_heads"])
+    model = checkpoints.build(converted, "official.th")
     given, expected = (np.load(folder / file) for file in ("inputs.npz", "outputs.npz"))
     texts = Texts(torch.from_numpy(given["img_text_ids"]), torch.from_numpy(given["img_text_atts"]).bool())
     with torch.no_grad():
@@ -236,3 +487,55 @@ def test_reference_arrays_through_a_file(goldens, tmp_path):
         text = model.embed_text(model.encode_text(texts))
     torch.testing.assert_close(image, torch.from_numpy(expected["img_image_feat"]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(text, torch.from_numpy(expected["img_text_feat"]), atol=1e-5, rtol=1e-4)
+
+
+LOADERS = {
+    "retrieval": "retrieval",
+    "bbox": "grounding",
+    "bbox_pretrain": "grounding",
+    "nlvr": "nlvr",
+    "nlvr_pretrain": "nlvr_pretraining",
+    "vqa": "vqa",
+    "captioning": "captioning",
+    "captioning_pretrain": "captioning",
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_task_starts_as_the_reference_starts_it(goldens, loader):
+    source = read(goldens / "load_maps/load_maps.json")["tasks"][loader]["source"]
+    folder = goldens / "pretrain_swin"
+    state, shape = load_file(folder / "state.safetensors"), read(folder / "manifest.json")["text_config"]
+    started = checkpoints.official(state, heads=shape["num_attention_heads"], task=LOADERS[loader])
+    names = list(source)
+    numbered = {name: torch.tensor([i]) for i, name in enumerate(names)}
+    expected = convert.official(numbered, started.config.text.text_layers, started.config.text.looks)
+    assert expected.keys() == started.state.keys() | set(started.fresh)
+    for name, number in expected.items():
+        origin = source[names[number]]
+        if origin is None:
+            assert name in started.fresh
+        else:
+            assert torch.equal(started.state[name], state[origin]), name
+
+
+@pytest.mark.parametrize(
+    ("trunk", "table", "ours", "name"),
+    [
+        ("swin", "vision_encoder.layers.1.blocks.0.attn.relative_position_bias_table", None, "rel_4_6"),
+        ("vit", "vision_encoder.pos_embed", "vision.trunk.pos_embed", "pos_4_6"),
+        ("clip", "vision_encoder.pos_embed.weight", "vision.trunk.pos_embed", "pos_4_6"),
+        ("albef", "visual_encoder.pos_embed", "vision.trunk.pos_embed", "pos_4_6"),
+    ],
+)
+def test_tables_are_resized_to_the_reference_arrays(goldens, trunk, table, ours, name):
+    given, expected = (np.load(goldens / "load_interpolate" / file)[name] for file in ("inputs.npz", "outputs.npz"))
+    state = official.checkpoint(trunk=trunk)
+    given, expected = torch.from_numpy(given), torch.from_numpy(expected)
+    if ours:  # eight positions of the ViT's 64 dimensions are the reference's
+        state[table].view(-1, 64)[:, :8] = given[0]
+    else:
+        state[table], ours = given, "vision.trunk.layers.1.blocks.0.attn.relative_position_bias_table"
+    found = checkpoints.official(state, image_size=48).state[ours][..., : expected.shape[-1]]
+    # To the last bit of float32, which rounding in another linear algebra library may turn.
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=2e-7)

@@ -1,9 +1,12 @@
 """The ``xvlm`` command: what it prints and writes, and one clear line where something is missing."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import official
 import pytest
 import tiny
@@ -62,7 +65,7 @@ def test_help_lists_the_commands_without_importing_torch():
         [sys.executable, "-X", "importtime", "-m", "xvlm", "--help"], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0
-    for command in ("demo", "ground", "export", "convert", "verify", "push", "data"):
+    for command in ("demo", "ground", "embed", "export", "convert", "verify", "push", "data"):
         assert f" {command} " in ran.stdout
     imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
     assert "xvlm.hub" in imported
@@ -127,6 +130,44 @@ def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_pat
     assert Image.open(drawn).width >= 96
 
 
+def test_ground_by_gradcam_shows_the_heat_of_each_phrase(folder, picture, tmp_path, monkeypatch):
+    drawn = tmp_path / "drawn.png"
+    found = lines_of("ground", picture, "a disc", "a star", "--model", folder, "--out", drawn, "--method", "gradcam")
+    assert len(found) == 3 and Image.open(drawn).width > 600
+    assert "expected box or gradcam" in error_of(
+        monkeypatch, "ground", picture, "a", "--model", folder, "--method", "x"
+    )
+
+
+def test_calibrated_folders_say_whether_a_phrase_is_there(folder, picture, tmp_path, monkeypatch):
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "val", "--limit", 12)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    printed = lines_of("calibrate", copy, tmp_path / "shards/val")
+    assert [line.partition(":")[0] for line in printed[:4]] == ["n_acc", "t_acc", "calibration_error", "absent"]
+    found = lines_of("ground", picture, "the small red disc", "--model", copy, "--out", tmp_path / "drawn.png")[0]
+    assert re.search(r"(not )?there \(\d\.\d\d\)$", found)
+
+
+def test_embed_writes_vectors_and_ends_with_status_1_where_an_image_was_skipped(monkeypatch, folder, picture, tmp_path):
+    out, boxes = tmp_path / "vectors.npz", tmp_path / "boxes.jsonl"
+    boxes.write_text('{"image": "scene.png", "boxes_xyxy": [[0, 0, 48, 96], [3, 4, 9, 90]]}\n')
+    printed = lines_of("embed", picture, "--boxes", boxes, "--model", folder, "--out", out)
+    assert printed[-1] == f"{out}: 1 images, 2 boxes, vectors of 8"
+    with np.load(out) as kept:
+        assert kept["ids"].tolist() == ["scene.png", "scene.png#0", "scene.png#1"]
+        assert kept["model"] == str(folder)
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:99])
+    both = ["embed", str(picture), str(tmp_path / "broken.png")]
+    ran = CliRunner().invoke(app, [*both, "--model", str(folder), "--out", str(out)])
+    assert ran.exit_code == 1
+    assert "broken.png: image cannot be decoded (99 bytes)" in ran.stdout
+    assert ran.stdout.endswith("1 images, 0 boxes, vectors of 8; 1 images skipped\n")
+    boxes.write_text('{"image": "scene.png", "boxes_xyxy": [[0, 0, 97, 9]]}\n')
+    message = error_of(monkeypatch, "embed", picture, "--boxes", boxes, "--model", folder, "--out", out)
+    assert "boxes.jsonl, line 1: 1 of 1 boxes leave the image of 96 x 96 pixels" in message
+
+
 def test_an_unknown_model_ends_in_one_line_that_names_the_shipped_ones(monkeypatch, picture, tmp_path):
     monkeypatch.setattr(hub, "SHIPPED", tmp_path / "weights")
     (tmp_path / "weights/one-that-ships").mkdir(parents=True)
@@ -154,6 +195,12 @@ def checkpoint(tmp_path):
     return tmp_path / "official.th"
 
 
+def captions(folder):
+    """An official captioning file."""
+    torch.save(official.checkpoint("captioning"), folder / "captions.th")
+    return folder / "captions.th"
+
+
 def test_convert_writes_a_folder_that_loads_right(checkpoint, tmp_path):
     out, tokenizer = tmp_path / "mine", tmp_path / "tokenizer"
     printed = lines_of("convert", checkpoint, out, "--image-size", 48, "--tokenizer", tokenizer)
@@ -174,6 +221,26 @@ def test_convert_writes_a_folder_that_loads_right(checkpoint, tmp_path):
     assert lines_of("verify", out)[-1] == f"{out}: largest difference 0.0e+00, loads right"
 
 
+@pytest.mark.parametrize(("task", "fresh"), [("nlvr", 6), ("vqa", 8)])
+def test_convert_starts_another_task(checkpoint, tmp_path, task, fresh):
+    out = tmp_path / "mine"
+    printed = lines_of(
+        "convert", checkpoint, out, "--task", task, "--image-size", 48, "--tokenizer", tmp_path / "tokenizer"
+    )
+    assert printed[0] == f"{checkpoint}: pretraining (Swin, BERT)"
+    assert any(line.startswith("started fresh ") for line in printed)
+    assert printed[-1].endswith(f"3 resized, {fresh} started fresh")
+    assert lines_of("verify", out)[-1] == f"{out}: largest difference 0.0e+00, loads right"
+
+
+@pytest.mark.parametrize("trunk", ["vit", "clip", "albef"])
+def test_convert_takes_a_vit_at_another_size(tmp_path, trunk):
+    torch.save({"model": official.checkpoint(trunk=trunk)}, tmp_path / "official.th")
+    printed = lines_of("convert", tmp_path / "official.th", tmp_path / "mine", "--image-size", 48)
+    assert "resized vision.trunk.pos_embed: 1 x 17 x 64 -> 1 x 37 x 64" in printed
+    assert lines_of("verify", tmp_path / "mine")[-1].endswith("loads right")
+
+
 def test_convert_finds_the_tokenizer_beside_the_file_or_says_that_there_is_none(checkpoint, tmp_path):
     assert any(line.startswith("no tokenizer: ") for line in lines_of("convert", checkpoint, tmp_path / "without"))
     lines_of("verify", tmp_path / "without")
@@ -189,6 +256,8 @@ def test_convert_refuses_in_one_line_and_writes_nothing(monkeypatch, checkpoint,
     words = len(scenes.vocabulary())
     assert f"the tokenizer has {words + 1} words, the model's embedding {words}" in message
     assert "multiples of 8" in error_of(monkeypatch, "convert", checkpoint, out, "--image-size", 50)
+    assert "starts from none but" in error_of(monkeypatch, "convert", captions(tmp_path), out, "--task", "pretraining")
+    assert "no task 'poems'; there are" in error_of(monkeypatch, "convert", checkpoint, out, "--task", "poems")
     assert "absent.th" in error_of(monkeypatch, "convert", tmp_path / "absent.th", out)
     (tmp_path / "page.th").write_text("<html>")
     assert "a web page, not a checkpoint" in error_of(monkeypatch, "convert", tmp_path / "page.th", out)
@@ -207,6 +276,28 @@ def test_verify_ends_with_status_1_where_a_folder_does_not_load_right(monkeypatc
     del state["text.norm.bias"]
     save_file(state, folder / "model.safetensors")
     assert "missing text.norm.bias" in error_of(monkeypatch, "verify", folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(monkeypatch, folder, picture):
+    Processor.from_vocabulary([*scenes.vocabulary(), "extra"], ProcessorConfig(image_size=32)).save_pretrained(folder)
+    words = len(scenes.vocabulary())
+    for arguments in (["verify", folder], ["ground", picture, "a star", "--model", folder]):
+        message = error_of(monkeypatch, *arguments)
+        assert f"the tokenizer has {words + 1} words, the model's embedding {words}" in message
+
+
+def test_export_writes_a_folder_that_loads_right_with_a_card(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "model")
+    (run / "results.json").write_text('{"commit": "abc", "seen/trained/mean_iou": 0.5}')
+    (run / "config.yaml").write_text("out: here\n")
+    out = tmp_path / "shared"
+    assert "(float16)" in lines_of("export", run, out, "--half", "--data", "Scenes.", "--licence", "MIT")[-1]
+    assert lines_of("verify", out)[-1].endswith("loads right")
+    card = (out / "README.md").read_text()
+    for part in ("# shared", "## Data\n\nScenes.", "## Licence\n\nMIT", "| seen | mean_iou | 0.500 |", "out: here"):
+        assert part in card
 
 
 def test_push_uploads_what_loads_right(monkeypatch, folder):

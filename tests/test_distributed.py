@@ -1,4 +1,10 @@
-"""The same global batch gives the same losses and gradients on one process and on two (gloo)."""
+"""The same global batch gives the same losses, gradients and weights however it is spread over processes and turns."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
 
 import pytest
 import tiny
@@ -6,12 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from xvlm import distributed, losses
-from xvlm.tasks.pretraining import LossWeights, PretrainingConfig, Task
+from xvlm import distributed, losses, train
+from xvlm.optim import OptimConfig, make_optimizer
+from xvlm.tasks.pretraining import PretrainingConfig, Task
 from xvlm.types import Batch, Masked, Regions, Texts
-
-# Matching draws its negatives among the local pairs, so it depends on how pairs are spread; the others must not.
-CONFIG = PretrainingConfig(weights=LossWeights(itm=0.0), targets="known")
 
 
 def part(batch: Batch, images: range) -> Batch:
@@ -25,44 +29,132 @@ def part(batch: Batch, images: range) -> Batch:
     )
     masked = Masked(batch.masked.ids[rows], batch.masked.hidden[rows])
     texts = Texts(batch.texts.ids[rows], batch.texts.mask[rows])
-    return Batch(batch.images[images.start : images.stop], texts, regions, masked)
+    places = torch.arange(images.start, images.stop)
+    return Batch(batch.images[images.start : images.stop], texts, regions, masked, places=places)
 
 
-def gradients(batch: Batch, world: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """Losses and gradients as a data-parallel engine leaves them: averaged over processes."""
-    task = Task(CONFIG, tiny.model())
-    named = task({"region": batch})
-    sum(named.values()).backward()
-    values = torch.stack([loss.detach() for loss in named.values()])
-    grads = {name: p.grad for name, p in task.named_parameters() if p.grad is not None}
+IMAGES = 32
+# Which blocks stochastic depth leaves out depends on the process; the text side has no dropout already.
+STEADY_VISION = tiny.VISION.model_copy(update={"options": tiny.SWIN | {"drop_path_rate": 0.0}})
+STEADY = tiny.CONFIG.model_copy(update={"vision": STEADY_VISION})
+OBJECTIVES = {
+    "softmax": PretrainingConfig(targets="known", negatives_among=2),
+    "sigmoid": PretrainingConfig(targets="known", negatives_among=2, contrast="sigmoid"),
+    "diagonal": PretrainingConfig(negatives_among=2),
+}
+# Adam divides by the size of a gradient; where that is nothing but rounding (the bias of keys), the default eps makes
+# an update of it.
+OPTIM = OptimConfig(lr=1e-2, clip=1e9, eps=1e-3)
+
+
+def update(objective: str, grain: str, turns: int, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Losses, gradients and new weights of one update, as the training loop makes it, of this process's share."""
+    whole = tiny.batch(images=IMAGES, per_image=4, whole=grain == "caption")
+    texts = range(len(whole.texts.ids))
+    # Images have one to four texts each, so that processes and turns have unequal numbers of them.
+    kept = [i for i in texts if grain == "caption" or i % 4 <= (i // 4) ** 2 % 5]
+    r = whole.regions
+    whole = replace(
+        whole,
+        texts=Texts(whole.texts.ids[kept], whole.texts.mask[kept]),
+        masked=Masked(whole.masked.ids[kept], whole.masked.hidden[kept]),
+        regions=Regions(r.image[kept], r.boxes_cxcywh[kept], r.boxes_xywh[kept], r.whole[kept]),
+    )
+    mine = IMAGES // world // turns
+    first = rank * turns * mine
+    parts = [part(whole, range(first + turn * mine, first + (turn + 1) * mine)) for turn in range(turns)]
+    config = train.TrainConfig(accumulate=turns)
+    accelerator = train.make_accelerator(config, Path())
+    task = Task(OBJECTIVES[objective], tiny.model(STEADY))
+    optimizer = make_optimizer(task, OPTIM)
+    gradients = {}
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None})
+    )
+    model, prepared = accelerator.prepare(task.train(), optimizer)
+    train.set_lr(prepared, OPTIM.lr)
+    found = train._update(
+        model, [{grain: each} for each in parts], prepared, OPTIM, accelerator, partial(train.seed_step, 0, 0)
+    )
+    values = torch.stack(list(found.values()))
     if world > 1:
-        for tensor in (values, *grads.values()):
-            dist.all_reduce(tensor)
-            tensor /= world
-    return dict(zip(named, values.tolist(), strict=True)), grads
+        dist.all_reduce(values)
+    return {
+        "losses": dict(zip(found, values / world, strict=True)),
+        "gradients": gradients,
+        "weights": {name: tensor.clone() for name, tensor in task.state_dict().items()},
+    }
 
 
-def worker(rank: int, world: int, folder: str) -> None:
+CASES = list(product(OBJECTIVES, ("caption", "region"), (1, 2, 4)))
+
+
+def spread(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    whole = tiny.batch(images=5)
-    mine = part(whole, range(0, 2) if rank == 0 else range(2, 5))  # unequal on purpose
-    values, grads = gradients(mine, world)
-    assert distributed.gather_objects(rank) == list(range(world))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+    found = {case: update(*case, rank, world) for case in CASES}
+    assert distributed.world() == (rank, world)
     if rank == 0:
-        torch.save((values, grads), f"{folder}/out.pt")
+        torch.save(found, f"{folder}/{world}.pt")
     dist.destroy_process_group()
 
 
-def test_losses_and_gradients_do_not_depend_on_the_number_of_processes(tmp_path):
-    expected_values, expected = gradients(tiny.batch(images=5), 1)
-    mp.spawn(worker, args=(2, str(tmp_path)), nprocs=2)
-    values, found = torch.load(tmp_path / "out.pt")
-    assert values == pytest.approx(expected_values, rel=1e-5)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert float(expected["model.temperature"].abs()) > 1e-3
+def test_updates_do_not_depend_on_processes_and_turns(tmp_path):
+    found = {}
+    for world in (2, 4):
+        mp.spawn(spread, args=(world, str(tmp_path)), nprocs=world)
+        found[world] = torch.load(tmp_path / f"{world}.pt")
+    found[1] = {case: update(*case, 0, 1) for case in CASES}
+    largest = 0.0
+    for (objective, grain, turns), world in product(CASES, found):
+        expected, got = found[1][objective, grain, 1], found[world][objective, grain, turns]
+        for kind, tensors in expected.items():
+            assert got[kind].keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                off = float((got[kind][name] - tensor).norm() / (tensor.norm() + 1e-2))
+                largest = max(largest, off)
+                assert off < 1e-5, (objective, grain, world, turns, kind, name, off)
+    print(f"largest relative difference {largest:.1e}")
+    assert float(found[1]["softmax", "region", 1]["gradients"]["model.temperature"].abs()) > 1e-3
+
+
+def test_memory_does_not_grow_with_the_number_of_turns():
+    """Bytes kept for a backward pass, at the moment when most are."""
+
+    class Kept:
+        now = most = 0
+
+        def __init__(self, tensor):
+            self.tensor, self.bytes = tensor, tensor.nbytes
+            Kept.now += self.bytes
+            Kept.most = max(Kept.most, Kept.now)
+
+        def __del__(self):
+            Kept.now -= self.bytes
+
+    most = {}
+    for turns in (1, 2, 8):
+        Kept.now = Kept.most = 0
+        accelerator = train.make_accelerator(train.TrainConfig(), Path())
+        task = Task(OBJECTIVES["softmax"], tiny.model(STEADY))
+        parts = [{"region": part(tiny.batch(images=2), range(2))}] * turns
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            train._update(task, parts, make_optimizer(task, OPTIM), OPTIM, accelerator, partial(train.seed_step, 0, 0))
+        most[turns] = Kept.most
+    entries = {turns: (6 * turns) ** 2 for turns in most}  # of the similarities of all texts, whoever holds them
+    assert most[8] - most[1] < 24 * (entries[8] - entries[1]) and most[2] - most[1] < 24 * (entries[2] - entries[1])
+
+
+def test_a_second_run_that_exchanges_something_else_is_told():
+    turns = distributed.Turns(2)
+    for turn in range(2):
+        with turns.listen(turn):
+            distributed.gather(torch.zeros(3, 2))
+    with turns.speak(0), pytest.raises(RuntimeError, match=r"turn 0 exchanged \(3, 2\) before, and \(4, 2\) now"):
+        distributed.gather(torch.zeros(4, 2))
+    assert distributed.world() == (0, 1)
 
 
 def test_alone_everything_is_local():

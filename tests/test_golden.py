@@ -1,6 +1,7 @@
 """Golden outputs: written with the weights, small, and far off as soon as anything about the model is."""
 
 import json
+from functools import partial
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from xvlm import hub
 from xvlm.models import golden
+from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.xvlm import XVLM
 
 
@@ -28,6 +30,47 @@ def test_saving_draws_no_random_numbers_and_keeps_the_mode(tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
+
+
+@pytest.mark.parametrize("start", [Captioner.of, partial(Answerer.of, decoder_layers=1)])
+def test_models_that_write_are_kept_alike(tmp_path, start):
+    model = start(tiny.model()).eval()
+    model.save_pretrained(tmp_path)
+    kept = type(model).from_pretrained(tmp_path)
+    assert not kept.training
+    assert kept.config == model.config
+    assert all(torch.equal(tensor, kept.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert set(golden.differences(kept, tmp_path)[0].values()) == {0.0}
+    parts = {name.rpartition(".layers.")[0] or name.rpartition(".")[0] for name, _ in kept.named_parameters()}
+    for part in parts:
+        moved = type(model).from_pretrained(tmp_path)
+        with torch.no_grad():
+            for name, parameter in moved.named_parameters():
+                if name.startswith(f"{part}."):
+                    parameter += 0.05 * torch.randn_like(parameter)
+        assert not golden.differences(moved, tmp_path)[1], part
+    state = load_file(tmp_path / "model.safetensors")
+    del state["decoder.word_head.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors: missing decoder.word_head.bias$"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_folder_says_which_model_it_holds(tmp_path):
+    Captioner.of(tiny.model()).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == "Captioner"
+    for other in (XVLM, Answerer):
+        with pytest.raises(
+            ValueError, match=rf"kind Captioner: load it with Captioner.from_pretrained, not {other.__name__}"
+        ):
+            other.from_pretrained(tmp_path)
+    tiny.model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"kind XVLM: load it with XVLM.from_pretrained, not Captioner's"):
+        Captioner.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model"], config["matching"]  # as it was when there was no other kind
+    (tmp_path / "config.json").write_text(json.dumps(config | {"schema": 1}))
+    assert golden.differences(XVLM.from_pretrained(tmp_path), tmp_path)[1]
 
 
 PARTS = ["vision", "text", "cross", "word_head", "image_projection", "text_projection", "itm_head", "box_head"]

@@ -5,10 +5,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tiny
+import torch
+from transformers import BertConfig, BertModel
 
 from xvlm import hub
 from xvlm.data import scenes
 from xvlm.data.processor import Processor, ProcessorConfig
+from xvlm.models.init import InitConfig, initial_model
+from xvlm.models.xvlm import XVLM
 
 
 def test_paths_packages_and_shipped_names(tmp_path):
@@ -27,6 +31,20 @@ def test_a_hub_name_without_a_network_is_explained():
         hub.locate("org/model")
 
 
+def test_models_processors_and_text_towers_come_from_the_hub_by_name(tmp_path, monkeypatch):
+    made, processor = tiny.model(), Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig())
+    made.save_pretrained(tmp_path / "mine")
+    processor.save_pretrained(tmp_path / "mine")
+    shape = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(**shape, num_hidden_layers=4, max_position_embeddings=16))
+    bert.save_pretrained(tmp_path / "bert")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / name.removeprefix("org/")))
+    assert torch.equal(XVLM.from_pretrained("org/mine").text.words.weight, made.text.words.weight)
+    assert Processor.from_pretrained("org/mine").vocab_size == processor.vocab_size
+    started, _ = initial_model(tiny.CONFIG, InitConfig(text="org/bert"))
+    assert torch.equal(started.text.words.weight, bert.embeddings.word_embeddings.weight)
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.txt"
     hub.write_atomically(file, "old")
@@ -41,6 +59,9 @@ def test_the_card_names_scores_and_provenance():
     card = hub.model_card("tiny", "10 parameters.", results, "steps: 3")
     assert "| commit | abc |" in card and "| seen | mean_iou | 0.500 |" in card and "steps: 3" in card
     assert "chance" not in card
+    assert "## Licence\n\nNot stated." in card and "What `corpus`, `streams` and `init` name" in card
+    told = hub.model_card("tiny", "10 parameters.", results, "steps: 3", data="Photographs.", licence="MIT")
+    assert "## Data\n\nPhotographs.\n" in told and "## Licence\n\nMIT\n" in told
 
 
 class Api:

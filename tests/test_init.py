@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -19,6 +20,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
+from xvlm.models import resize
 from xvlm.models.init import InitConfig, initial_model
 
 LAYERS = 4
@@ -133,6 +135,84 @@ def test_another_shape_is_still_refused(tmp_path):
         initial_model(config, InitConfig(model=str(tmp_path)))
 
 
+def at(size, **options):
+    """The tiny configuration for another image size, its trunk with other options."""
+    vision = tiny.VISION.model_copy(update={"image_size": size, "options": tiny.SWIN | options})
+    return tiny.CONFIG.model_copy(update={"vision": vision})
+
+
+def test_another_image_size_resizes_the_tables_of_larger_windows_and_says_so(tmp_path, caplog):
+    before = save(tmp_path).state_dict()
+    model, fresh = initial_model(at((48, 48), window_size=6), InitConfig(model=str(tmp_path)))
+    assert fresh == []
+    assert "from 32 x 32 to 48 x 48 pixels, 2 position tables resized" in caplog.text
+    for name, tensor in model.state_dict().items():
+        is_table = name.endswith("relative_position_bias_table")
+        assert torch.equal(tensor, resize.relative_positions(before[name], 6) if is_table else before[name])
+    assert model.encode_image(torch.randn(1, 3, 48, 48)).grid == (6, 6)
+
+    model, _ = initial_model(at((32, 64)), InitConfig(model=str(tmp_path)))  # windows as they were
+    assert "from 32 x 32 to 32 x 64 pixels, 0 position tables resized" in caplog.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+VIT = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("trunk", "options", "positions", "tables"),
+    [
+        ("vit_tiny_patch16_224", VIT, False, ["vision.trunk.pos_embed"]),
+        ("vit_medium_patch16_reg4_gap_256", VIT, False, ["vision.trunk.pos_embed"]),
+        ("vit_small_patch16_dinov3", VIT, False, []),  # positions turn its queries, no table holds them
+        ("vit_tiny_patch16_224", VIT, True, ["vision.positions", "vision.trunk.pos_embed"]),
+        ("test_efficientnet", {}, True, ["vision.positions"]),
+    ],
+)
+@pytest.mark.parametrize("size", [(96, 96), (32, 96)])
+def test_absolute_positions_follow_the_grid(trunk, options, positions, tables, size, tmp_path):
+    shape = {"trunk": trunk, "options": options, "positions": positions}
+    known, wanted = (tiny.VISION.model_copy(update=shape | {"image_size": each}) for each in ((64, 96), size))
+    before = save(tmp_path, vision=known)
+    config = tiny.CONFIG.model_copy(update={"vision": wanted})
+    model, _ = initial_model(config, InitConfig(model=str(tmp_path)))
+    for name, tensor in model.state_dict().items():
+        known = before.state_dict()[name]
+        if name in tables:
+            known = resize.absolute_positions(known, before.vision.grid, model.vision.grid)
+        assert torch.equal(tensor, known), name
+    assert {name for name, t in before.state_dict().items() if t.shape != model.state_dict()[name].shape} == set(tables)
+
+
+def test_what_another_image_size_does_not_explain_is_refused(tmp_path):
+    save(tmp_path / "swin")
+    with pytest.raises(ValueError, match=r"differs from model: vision: .*'window_size': 4.*'window_size': 2"):
+        initial_model(at((32, 32), window_size=2), InitConfig(model=str(tmp_path / "swin")))
+    with pytest.raises(ValueError, match=r"differs from model: vision: .*'embed_dim': 8.*'embed_dim': 16"):
+        initial_model(at((48, 48), embed_dim=16), InitConfig(model=str(tmp_path / "swin")))
+    with pytest.raises(ValueError, match=r"does not take images of 36 x 48 pixels"):
+        initial_model(at((36, 48)), InitConfig(model=str(tmp_path / "swin")))
+    hiera = {"trunk": "hiera_tiny_224", "options": {"embed_dim": 8, "num_heads": 1, "stages": [1] * 4}}
+    known, wanted = (tiny.VISION.model_copy(update=hiera | {"image_size": each}) for each in ((64, 64), (96, 96)))
+    save(tmp_path / "hiera", vision=known)  # its positions are of smaller patches than those it ends with
+    with pytest.raises(ValueError, match=r"trunk\.pos_embed has shape .*, expected"):
+        initial_model(tiny.CONFIG.model_copy(update={"vision": wanted}), InitConfig(model=str(tmp_path / "hiera")))
+
+
+def test_towers_alone_start_a_model_whose_other_parts_are_named(tmp_path):
+    before = save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if name.startswith(("vision.", "text."))}, file)
+    lacking = sorted({name.partition(".")[0] for name in before.state_dict()} - {"vision", "text"})
+    with pytest.raises(ValueError, match=r"missing all of box_head, cross, .*; fresh="):
+        initial_model(tiny.CONFIG, InitConfig(model=str(tmp_path)))
+    model, fresh = initial_model(tiny.CONFIG, InitConfig(model=str(tmp_path), fresh=lacking))
+    assert fresh == [name for name, _ in model.named_parameters() if not name.startswith(("vision.", "text."))]
+    assert torch.equal(model.text.words.weight, before.text.words.weight)
+    with pytest.raises(ValueError, match=r"there is no init\.model"):
+        initial_model(tiny.CONFIG, InitConfig(fresh=["cross"]))
+
+
 SHAPE = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 # After fairseq's habits: positions start behind the padding id 1, one token type, another epsilon.
 FAIRSEQ = {"max_position_embeddings": 18, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
@@ -186,6 +266,20 @@ def test_a_pickled_checkpoint_is_read_too(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     model, _ = initial_model(tiny.CONFIG.model_copy(update={"text": text}), InitConfig(text=str(tmp_path)))
     assert torch.equal(model.text.words.weight, theirs.get_input_embeddings().weight)
+
+
+def test_towers_that_hold_nan_are_refused(tmp_path):
+    theirs, text = saved("bert", tmp_path / "bert")
+    config = tiny.CONFIG.model_copy(update={"text": text})
+    theirs.state_dict()["bert.embeddings.LayerNorm.bias"][3] = torch.nan
+    theirs.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"text\.norm\.bias holds NaN"):
+        initial_model(config, InitConfig(text=str(tmp_path / "bert")))
+    trunk = tiny.model().vision.trunk.state_dict()
+    trunk["norm.bias"][0] = torch.inf
+    save_file(trunk, tmp_path / "trunk.safetensors")
+    with pytest.raises(ValueError, match=r"vision\.trunk\.norm\.bias holds NaN or infinite"):
+        initial_model(tiny.CONFIG, InitConfig(vision=str(tmp_path / "trunk.safetensors")))
 
 
 def test_what_would_load_and_give_other_numbers_is_an_error(tmp_path):

@@ -11,7 +11,7 @@ LAYERS = (
     {"config", "types", "boxes", "distributed", "hub"},
     {"losses", "metrics", "optim", "models", "data"},
     {"tasks", "zeroshot"},
-    {"train", "evaluate", "grounder", "viz", "report", "bench", "probe"},
+    {"train", "evaluate", "grounder", "viz", "report", "bench", "probe", "presence", "embed"},
 )
 FREE = {"__init__", "__main__"}  # choose and wire
 ONLY_IN = {"accelerate": {"train", "evaluate", "bench"}, "torch.distributed": {"distributed"}}

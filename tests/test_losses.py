@@ -53,6 +53,42 @@ def test_hard_negatives_are_never_forbidden_and_prefer_the_similar():
     torch.testing.assert_close(drawn / 300, weights / weights.sum(1, keepdim=True), atol=0.1, rtol=0)
 
 
+def test_negatives_of_a_group_do_not_depend_on_what_else_is_there():
+    image, text, temperature = unit(9, 8), unit(9, 8), torch.tensor(0.3)
+    groups = torch.tensor([4, 4, 4, 4, 7, 7, 7, 8, 8])
+    texts, wrong_image, images, wrong_text = losses.hard_negatives(image, text, temperature, None, groups)
+    assert torch.equal(groups[texts], groups[wrong_image]) and torch.equal(groups[images], groups[wrong_text])
+    for rows in (slice(0, 4), slice(4, 9)):
+        part = losses.hard_negatives(image[rows], text[rows], temperature, None, groups[rows])
+        assert torch.equal(part[1] + rows.start, wrong_image[rows]) and torch.equal(
+            part[3] + rows.start, wrong_text[rows]
+        )
+    drawn = torch.zeros(4, 4)
+    for number in range(400):
+        texts, wrong_image, _, _ = losses.hard_negatives(
+            image[:4], text[:4], temperature, None, torch.full((4,), number)
+        )
+        drawn[texts, wrong_image] += 1
+    weights, _ = losses.negative_weights(image[:4], text[:4], temperature, torch.eye(4, dtype=torch.bool))
+    torch.testing.assert_close(drawn / 400, weights / weights.sum(1, keepdim=True), atol=0.1, rtol=0)
+
+
+def test_sigmoid_contrast_asks_of_every_pair_alone():
+    image, text, temperature, bias = unit(4, 8), unit(4, 8), torch.tensor(0.1), torch.tensor(-3.0)
+    same = torch.tensor([0, 1, 0, 2])
+    expected = 0.0
+    for i in range(4):
+        for j in range(4):
+            logit = image[i] @ text[j] / temperature + bias
+            expected += torch.log1p(torch.exp(-logit if same[i] == same[j] else logit)) / 4
+    found = losses.sigmoid_contrastive(image, text, temperature, bias, same[:, None])
+    torch.testing.assert_close(found, expected)
+    alone = losses.sigmoid_contrastive(image, text, temperature, bias)
+    torch.testing.assert_close(
+        alone, losses.sigmoid_contrastive(image, text, temperature, bias, torch.arange(4)[:, None])
+    )
+
+
 def test_rows_without_a_negative_are_left_out():
     image = text = unit(3, 4)
     forbidden = torch.ones(3, 3, dtype=torch.bool)

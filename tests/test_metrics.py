@@ -149,3 +149,15 @@ def test_choices_that_cannot_be_scored(matrix):
         metrics.choice_accuracy([torch.zeros(1, 1), matrix])
     with pytest.raises(ValueError, match="nothing to score"):
         metrics.choice_accuracy([])
+
+
+def test_presence_by_hand():
+    probability = torch.tensor([0.9, 0.8, 0.3, 0.7, 0.1, 0.2])
+    present = torch.tensor([True, True, True, False, False, False])
+    found = metrics.presence(probability, present, 0.5, bins=2)
+    assert found["n_acc"] == pytest.approx(2 / 3) and found["t_acc"] == pytest.approx(2 / 3)
+    assert found["absent"] == 0.5
+    # Below 0.5: 0.6 in all against one present; above: 2.4 against two.
+    assert found["calibration_error"] == pytest.approx((abs(0.6 - 1) + abs(2.4 - 2)) / 6)
+    with pytest.raises(ValueError, match="3 of 3 phrases have a target"):
+        metrics.presence(probability[:3], present[:3], 0.5)

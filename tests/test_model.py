@@ -1,7 +1,5 @@
 """The three verbs: regions are special cases of nothing, packing changes nothing, folders load strictly."""
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -89,16 +87,48 @@ def test_asking_for_some_words_gives_what_asking_for_all_gives():
     assert torch.equal(some.mask, only)
 
 
-def test_attention_maps_are_kept_with_gradient():
+def test_images_are_projected_once_per_layer_whoever_asks():
     model, batch = tiny.model(), tiny.batch()
     concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
-    about = torch.arange(len(batch.texts.ids)) + 3
-    fused = model.fuse(words, concepts, about, keep_map=1)
-    kept = model.cross.layers[1].cross_attention.map
-    assert kept.shape == (len(words.states), 2, 1 + concepts.patches.shape[1])
-    torch.testing.assert_close(kept.sum(-1), torch.ones(kept.shape[:2]))
+    projected = []
+    for layer in model.cross.layers:
+        for part in (layer.cross_attention.key, layer.cross_attention.value):
+            part.register_forward_hook(lambda part, inputs, _: projected.append(inputs[0].numel() // part.in_features))
+    tokens = len(concepts.pooled) + concepts.patches.shape[0] * concepts.patches.shape[1]
+    for questions in (1, 40):
+        projected.clear()
+        of, about = torch.randint(9, (questions,)), torch.randint(12, (questions,))
+        model.fuse(words, concepts, about, of)
+        assert sum(projected) == 2 * len(model.cross.layers) * tokens
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_attention_maps_are_kept_with_gradient(number):
+    model, batch = tiny.model(), tiny.batch()
+    concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
+    of, about = torch.tensor([0, 4, 4, 8, 2]), torch.tensor([3, 0, 7, 11, 1])
+    attention, asking = model.cross.layers[number].cross_attention, []
+    hook = attention.register_forward_pre_hook(lambda _, inputs: asking.append(inputs[0]))
+    fused = model.fuse(words, concepts, about, of, keep_map=number)
+    hook.remove()
+    torch.testing.assert_close(fused.states, model.fuse(words, concepts, about, of).states, atol=1e-6, rtol=1e-5)
+
+    # Written out: each word's softmax over the pooled token and the patches that its concept shows.
+    kept, row = attention.take_map(), 0
+    assert attention.map is None
+    assert kept.shape == (len(fused.states), attention.heads, 1 + concepts.patches.shape[1])
+    for q, concept in enumerate(about.tolist()):
+        tokens = torch.cat([concepts.pooled[concept][None], concepts.patches[concepts.row[concept]]])
+        hidden = torch.cat([torch.tensor([False]), ~concepts.mask[concept]])
+        for _ in range(int(words.mask[of[q]].sum())):
+            query, key = attention.query(asking[0][row]), attention.key(tokens)
+            for head, part in enumerate(torch.arange(len(query)).chunk(attention.heads)):
+                scores = (key[:, part] @ query[part] / len(part) ** 0.5).masked_fill(hidden, -torch.inf)
+                torch.testing.assert_close(kept[row, head], scores.softmax(0), atol=1e-6, rtol=1e-5)
+            row += 1
+    assert row == len(kept)
     (gradient,) = torch.autograd.grad(model.match(fused)[:, 1].sum(), kept)
-    assert gradient.abs().sum() > 0
+    assert (gradient.abs().sum((1, 2)) > 0).any() and not gradient.isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -199,26 +229,60 @@ def test_folders_round_trip_and_load_strictly(tmp_path):
     save_file(state | {"text.norm.bias": torch.zeros(3)}, file)
     with pytest.raises(ValueError, match=r"text.norm.bias has shape \(3,\), expected \(16,\)"):
         XVLM.from_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"schema": 99}))
-    with pytest.raises(ValueError, match="schema 99"):
-        XVLM.from_pretrained(tmp_path)
 
 
-def test_towers_alone_load_and_say_what_starts_fresh(tmp_path):
+LACKING = ["box_head", "cross", "image_projection", "itm_head", "temperature", "text_projection", "word_head"]
+
+
+@pytest.fixture
+def towers(tmp_path):
+    """A folder whose weights are those of the two towers, and the model they are of."""
     model = tiny.model()
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    towers = {name: t for name, t in load_file(file).items() if name.startswith(("vision.", "text."))}
-    save_file(towers, file)
-    with pytest.warns(
-        UserWarning, match=r"start fresh: box_head, cross, image_projection, itm_head, temperature, text_p"
-    ):
-        again = XVLM.from_pretrained(tmp_path)
-    assert torch.equal(again.text.words.weight, model.text.words.weight)
-    del towers["text.norm.bias"]  # a tower must be whole
-    save_file(towers, file)
-    with pytest.raises(ValueError, match=r"missing text.norm.bias"), pytest.warns(UserWarning):
+    save_file({name: t for name, t in load_file(file).items() if name.startswith(("vision.", "text."))}, file)
+    return model, tmp_path
+
+
+def test_parts_start_fresh_only_where_they_are_named(towers, caplog):
+    model, folder = towers
+    with pytest.raises(ValueError, match=rf"missing all of {', '.join(LACKING)}; fresh=\['box_head', .*'word_head'\]"):
+        XVLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"missing all of word_head; fresh="):
+        XVLM.from_pretrained(folder, fresh=LACKING[:-1])
+    with pytest.raises(ValueError, match=r"safetensors: text in fresh, but only parts that the weights lack"):
+        XVLM.from_pretrained(folder, fresh=[*LACKING, "text"])
+    again = XVLM.from_pretrained(folder, fresh=LACKING)
+    assert f"start from random values: {', '.join(LACKING)}" in caplog.text
+    assert all(torch.equal(tensor, model.text.state_dict()[name]) for name, tensor in again.text.state_dict().items())
+
+
+def test_a_tower_must_be_whole_and_what_else_is_wrong_is_named_at_once(towers):
+    _, folder = towers
+    state = load_file(folder / "model.safetensors")
+    del state["text.norm.bias"]
+    save_file(state | {"extra": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing all of .*; missing text.norm.bias; unexpected extra; fresh="):
+        XVLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model.safetensors: missing text.norm.bias; unexpected extra$"):
+        XVLM.from_pretrained(folder, fresh=LACKING)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"<!DOCTYPE html><html>", "a web page, not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"\0" * 100, "damaged or no checkpoint"),
+    ],
+)
+def test_weights_that_are_something_else_are_refused(tmp_path, content, why):
+    tiny.model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model.safetensors: .*{why}"):
+        XVLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.safetensors"):
         XVLM.from_pretrained(tmp_path)
 
 
@@ -261,6 +325,33 @@ def test_regions_of_one_image_in_one_pass_in_chunks_and_in_batches_agree(pooling
     concepts = model.encode_image(batch.images, regions)
     torch.testing.assert_close(model.embed_image(concepts)[3:], together[:50], atol=1e-6, rtol=1e-5)
     assert model.embed_regions(batch.images[0], many[:0]).shape == (0, 8)
+
+
+def test_the_trunk_sees_the_image_once_however_many_boxes(monkeypatch):
+    model, calls = tiny.model(), []
+    forward = model.vision.trunk.forward_features
+    monkeypatch.setattr(model.vision.trunk, "forward_features", lambda x: calls.append(x.shape) or forward(x))
+    model.embed_regions(torch.zeros(3, 32, 32), torch.tensor([[0.0, 0, 8, 8], [3, 4, 30, 9]]).repeat(2000, 1))
+    assert calls == [(1, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("pooling", ["hard", "soft"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_a_box_within_a_patch_is_that_patch_and_an_edge_on_a_border_touches_no_other(pooling, size):
+    vision = tiny.VISION.model_copy(update={"image_size": size, "pooling": pooling})
+    model = tiny.model(tiny.CONFIG.model_copy(update={"vision": vision}))
+    image = torch.randn(3, *size)
+    concepts = model.encode_image(image[None])
+    columns = concepts.grid[1]
+    alone = torch.nn.functional.normalize(model.image_projection(concepts.patches[0]), dim=-1)
+    found = model.embed_regions(image, torch.tensor([[17.25, 9.5, 17.5, 10.0], [16, 8, 24, 16], [16.5, 0.5, 23, 7]]))
+    torch.testing.assert_close(found, alone[[columns + 2, columns + 2, 2]], atol=1e-5, rtol=1e-5)
+
+
+def test_words_of_another_tokenizer_are_refused():
+    ids = torch.tensor([[2, 7, 60]])
+    with pytest.raises(ValueError, match=r"word 60 of a model with 60 words: the tokenizer and the model do not"):
+        tiny.model().encode_text(Texts(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
 def test_the_region_that_covers_an_image_is_the_image():

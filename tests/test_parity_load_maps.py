@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_parity import Golden, read
+from reference import Golden, converted, read, same_names_and_shapes, swin
+from torch import nn
 
-from xvlm.models import convert
+from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.init import InitConfig, initial_model
 from xvlm.models.text import TextConfig
-from xvlm.models.vision import VisionConfig
-from xvlm.models.xvlm import XVLM, XVLMConfig, load_strictly
+from xvlm.models.xvlm import XVLM, XVLMConfig
 
 # Heads and looks of each task's model; those with a decoder are models of their own.
 MODELS = {
@@ -23,7 +23,7 @@ MODELS = {
 }
 
 
-def start(task: str, pretrained: XVLM, folder) -> torch.nn.Module:
+def start(task: str, pretrained: XVLM, decoder_layers: int, folder) -> nn.Module:
     """The task's model, started from a pre-trained one."""
     if MODELS[task]:
         heads, looks = MODELS[task]
@@ -31,8 +31,7 @@ def start(task: str, pretrained: XVLM, folder) -> torch.nn.Module:
         text = pretrained.config.text.model_copy(update={"looks": looks})
         config = pretrained.config.model_copy(update={"heads": heads, "text": text})
         return initial_model(config, InitConfig(model=str(folder)))[0]
-    decoder = pytest.importorskip("xvlm.models.decoder")
-    return decoder.Answerer.of(pretrained, 2) if task == "vqa" else decoder.Captioner.of(pretrained)
+    return Answerer.of(pretrained, decoder_layers) if task == "vqa" else Captioner.of(pretrained)
 
 
 @pytest.mark.parametrize("task", MODELS)
@@ -43,20 +42,22 @@ def test_every_tensor_starts_where_the_reference_has_it(goldens, tmp_path, task)
     names = list(golden.state)
     tied = dict(reversed(pair) for pair in golden.manifest["tied_keys"])
     number = {name: float(2 + names.index(tied.get(name, name))) for name in names}
-    numbered = {name: torch.full_like(golden.state[name], number[name]) for name in names}
-    golden.model.load_state_dict(golden.converted(numbered))
-    started = start(task, golden.model, tmp_path).state_dict()
+    model = golden.xvlm()
+    model.load_state_dict(converted({name: torch.full_like(golden.state[name], number[name]) for name in names}, model))
+    started = start(task, model, golden.config["num_dec_layers"], tmp_path)
 
-    looks = MODELS[task][1] if MODELS[task] else 1
-    layers = golden.text.text_layers
     theirs = {name: torch.tensor(-1.0 if origin is None else number[origin]) for name, origin in source.items()}
-    expected = convert.official(theirs, layers, looks)
-    assert started.keys() == expected.keys()
+    expected, state = converted(theirs, started), started.state_dict()
+    assert state.keys() == expected.keys()
     for name, origin in expected.items():
         if origin == -1:
-            assert started[name].max() <= 1, name
+            assert state[name].max() <= 1, name
         else:
-            assert started[name].unique().tolist() == [origin], name
+            assert state[name].unique().tolist() == [origin], name
+
+
+def test_every_task_of_the_reference_is_started(goldens):
+    assert read(goldens / "load_maps/load_maps.json")["tasks"].keys() == MODELS.keys()
 
 
 FULL_SIZE = {
@@ -69,12 +70,6 @@ FULL_SIZE = {
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_names_and_shapes_at_full_size(goldens, name):
-    real = read(goldens / "statedict_real.json")["models"][name]
     heads, looks = MODELS[FULL_SIZE[name]]
-    vision = VisionConfig(image_size=(384, 384), options={"window_size": 12})
-    text = TextConfig(looks=looks)
-    with torch.device("meta"):  # shapes without memory
-        model = XVLM(XVLMConfig(vision=vision, text=text, heads=heads))
-        state = {key: torch.empty(about["shape"]) for key, about in real["keys"].items()}
-    load_strictly(model, convert.official(state, text.text_layers, looks), name)
-    assert sum(p.numel() for p in model.parameters()) == real["num_params"]
+    config = XVLMConfig(vision=swin(384), text=TextConfig(looks=looks), heads=heads)
+    same_names_and_shapes(goldens, name, lambda: XVLM(config))

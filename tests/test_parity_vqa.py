@@ -1,30 +1,22 @@
 """Questions and answers give the numbers of the public reference: arrays written by its own code, at tiny sizes."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from golden_decoders import Golden, same_names_and_shapes, starts_as_the_reference, swin, whole_images
-from test_parity import close, same_loss, text_config, vision_config
+from reference import same_names_and_shapes, swin, whole_images
 
 from xvlm import losses
 from xvlm.models.decoder import Answerer, AnswererConfig, next_words
 from xvlm.tasks.vqa import AnsweredBatch, Task, VqaConfig
 from xvlm.types import Texts
 
-
-@pytest.fixture(scope="module")
-def golden(request) -> Golden:
-    return Golden(Path(request.config.getoption("--goldens")) / "vqa_swin")
+GOLDENS = {"golden": ("vqa_swin",)}
 
 
 @pytest.fixture(scope="module")
 def task(golden) -> Task:
-    config, text = golden.manifest["config"], text_config(golden.manifest["text_config"])
-    vision = vision_config(config, golden.manifest["vision_config"])
-    model = Answerer(AnswererConfig(vision=vision, text=text, decoder_layers=config["num_dec_layers"]))
-    golden.load(model)
-    return Task(VqaConfig(candidates=golden.manifest["k_test"]), model)
+    layers = golden.config["num_dec_layers"]
+    model = Answerer(AnswererConfig(vision=golden.vision, text=golden.text, decoder_layers=layers))
+    return Task(VqaConfig(candidates=golden.manifest["k_test"]), golden.load(model))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +25,7 @@ def batch(golden) -> AnsweredBatch:
     return AnsweredBatch(
         given["image"],
         Texts(given["question_ids"], given["question_atts"].bool()),
-        whole_images(len(given["image"]), given["image"].shape[-1]),
+        whole_images(len(given["image"]), golden.size),
         answers=Texts(given["answer_ids"], given["answer_atts"].bool()),
         question=torch.arange(len(given["k"])).repeat_interleave(given["k"]),
         weights=given["weights"],
@@ -41,34 +33,28 @@ def batch(golden) -> AnsweredBatch:
 
 
 def test_outputs(golden, task, batch):
-    expected, answers = golden.outputs, batch.answers
+    answers = batch.answers
     states, questions = task.model.read(batch.images, batch.texts, batch.regions)
-    close(states.states, expected["question_states"][batch.texts.mask], "question_states")
+    golden.close("question_states", states.states, batch.texts.mask)
     logits = task.model.decoder(answers, questions, batch.question)
-    close(logits, expected["answer_logits"][answers.mask], "answer_logits")
+    golden.close("answer_logits", logits, answers.mask)
     only, words = next_words(answers)
     of_words = losses.next_words(logits[only[answers.mask]], words)
-    of_answers = torch.zeros(len(answers.ids)).index_add(0, only.nonzero()[:, 0], of_words)
-    close(of_answers, expected["answer_losses"], "answer_losses")
+    golden.close("answer_losses", torch.zeros(len(answers.ids)).index_add(0, only.nonzero()[:, 0], of_words))
 
 
 def test_loss_and_gradients(golden, task, batch):
     task.zero_grad()
     (loss,) = task({"vqa": batch}).values()
-    same_loss(loss, golden.outputs["loss"])
+    golden.loss("loss", loss)
     loss.backward()
-    golden.same_gradients(task.model)
+    golden.gradients(task.model)
 
 
 def test_ranking(golden, task, batch):
     ranking = task.predict(batch, Texts(golden.inputs["cand_ids"], golden.inputs["cand_atts"].bool()))
-    assert torch.equal(ranking.answers, golden.outputs["topk_ids"])
-    close(ranking.probabilities, golden.outputs["topk_probs"], "topk_probs")
-
-
-def test_what_an_answerer_takes_from_pretraining(golden):
-    layers = golden.manifest["config"]["num_dec_layers"]
-    starts_as_the_reference(golden, lambda model: Answerer.of(model, layers), "vqa")
+    golden.same("topk_ids", ranking.answers)
+    golden.close("topk_probs", ranking.probabilities)
 
 
 def test_names_and_shapes_at_full_size(goldens):

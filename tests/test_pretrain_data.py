@@ -74,8 +74,8 @@ def stream(folders, grain="region", images=4, workers=0, **more) -> StreamConfig
     return StreamConfig(shards=folders, grain=grain, images=images, workers=workers, **more)
 
 
-def batches(config, processor, n: int, start: int = 0, seed: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
-    opened = loader(config, processor, WordMasking(), seed=seed, start=start, rank=rank, world=world)
+def batches(config, processor, n: int, start: int = 0, seed: int = 0, **place) -> list[Batch]:
+    opened = loader(config, processor, WordMasking(), seed=seed, start=start, **place)
     return list(islice(opened, n))
 
 
@@ -116,7 +116,7 @@ def test_batches_do_not_depend_on_workers_or_start(folders, processor, grain):
 
 def test_a_stream_can_be_sent_to_a_process(folders, processor):
     config = stream(folders)
-    sent = pickle.loads(pickle.dumps(pretrain._Stream(config, processor, WordMasking(), 0, 0, 1)))
+    sent = pickle.loads(pickle.dumps(pretrain._Stream(config, processor, WordMasking(), 0, 0, 1, 1)))
     assert same(sent[3], batches(config, processor, 1, start=3)[0])
 
 
@@ -130,6 +130,19 @@ def test_processes_share_a_batch(folders, processor):
         assert torch.equal(whole.regions.boxes_xywh, torch.cat([part.regions.boxes_xywh for part in parts]))
         shifted = parts[1].regions.image + len(parts[0].ids)
         assert torch.equal(whole.regions.image, torch.cat([parts[0].regions.image, shifted]))
+
+
+def test_turns_share_the_part_of_a_process(folders, processor):
+    config = stream(folders, images=4)
+    for n, whole in enumerate(batches(config, processor, 3)):
+        in_turns = [
+            batch for rank in (0, 1) for batch in batches(config, processor, 2, start=n, rank=rank, world=2, turns=2)
+        ]
+        assert list(whole.ids) == [name for batch in in_turns for name in batch.ids]
+        assert said(whole) == [each for batch in in_turns for each in said(batch)]
+        assert torch.cat([batch.places for batch in in_turns]).tolist() == list(range(4 * n, 4 * n + 4))
+    with pytest.raises(ValueError, match="images: 4 cannot be divided among 2 processes with 4 turns each"):
+        batches(config, processor, 1, world=2, turns=4)
 
 
 def test_an_epoch_is_every_record_of_every_folder_once(folders, processor):

@@ -29,9 +29,10 @@ STREAMS = {"caption": stream(1, True), "region": stream(2, False)}
 OPTIM = OptimConfig(lr=1e-2, warmup=2)
 
 
-def run(out, steps=6, streams=STREAMS, **changes):
+def run(out, steps=6, streams=STREAMS, accumulate=1, **changes):
     """A task with dropout, trained in ``out``; returns its weights."""
-    config = train.TrainConfig(**{"steps": steps, "save_every": 2, "log_every": 1, **changes})
+    config = train.TrainConfig(**{"steps": steps, "save_every": 2, "log_every": 1, "accumulate": accumulate, **changes})
+    streams = {name: lambda start, opened=opened: opened(start * accumulate) for name, opened in streams.items()}
     text = tiny.TEXT.model_copy(update={"dropout": 0.1})
     task = Task(PretrainingConfig(), tiny.model(tiny.CONFIG.model_copy(update={"text": text})).train())
     out.mkdir(exist_ok=True)
@@ -39,23 +40,24 @@ def run(out, steps=6, streams=STREAMS, **changes):
     return {name: tensor.clone() for name, tensor in task.state_dict().items()}
 
 
-@pytest.mark.parametrize("recipe", ["alternate", "joint"])
-def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recipe):
-    straight = run(tmp_path / "straight", recipe=recipe)
+@pytest.mark.parametrize(("recipe", "accumulate"), [("alternate", 1), ("joint", 1), ("alternate", 2)])
+def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recipe, accumulate):
+    straight = run(tmp_path / "straight", recipe=recipe, accumulate=accumulate)
 
     def dies(opened, after):
         def until(start):
             for n, batch in enumerate(opened(start)):
-                if n == after:
+                if n == after * accumulate:
                     raise KeyError("power cut")
                 yield batch
 
         return until
 
     with pytest.raises(KeyError):
-        run(tmp_path / "cut", recipe=recipe, streams=STREAMS | {"caption": dies(STREAMS["caption"], 3)})
+        cut = STREAMS | {"caption": dies(STREAMS["caption"], 3)}
+        run(tmp_path / "cut", recipe=recipe, accumulate=accumulate, streams=cut)
     assert train.states(tmp_path / "cut")[0].name == "00000002"
-    continued = run(tmp_path / "cut", recipe=recipe)
+    continued = run(tmp_path / "cut", recipe=recipe, accumulate=accumulate)
     assert straight.keys() == continued.keys()
     for name, tensor in straight.items():
         assert torch.equal(tensor, continued[name]), name

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -147,28 +148,30 @@ def test_colours_move_nothing(kind):
 
 def test_region_samples_are_the_references(goldens):
     functions = json.loads((goldens / "functions" / "functions.json").read_text())
-    processor = Processor.from_vocabulary(functions["tokenizer"]["vocab"], ProcessorConfig(max_tokens=16))
+    said = dict(re.findall(r"(\w+) ([\d.]+)", functions["region_samples"]["about"]))
+    side, most, visible_from = int(said["image_res"]), int(said["max_regions"]), float(said["min_perc_in_image"])
+    size, grid = (side, side), (side // int(said["patch"]),) * 2
     rows = functions["region_samples"]["rows"]
-    assert len(rows) == 24
+    assert rows
+    length = len(rows[0]["text_ids"][0])
+    processor = Processor.from_vocabulary(functions["tokenizer"]["vocab"], ProcessorConfig(max_tokens=length))
     for row in rows:
         elements = torch.tensor([element["bb"] for element in row["elems"]])
-        placed, visible = place_boxes(
-            boxes.xywh_to_xyxy(elements.double()), tuple(row["crop_xyxy"]), row["flip"], (224, 224)
-        )
-        taken = [i for i in row["order"] if visible[i] > 0.5][: 4 - (row["caption"] is not None)]
+        placed, visible = place_boxes(boxes.xywh_to_xyxy(elements.double()), tuple(row["crop_xyxy"]), row["flip"], size)
+        taken = [i for i in row["order"] if visible[i] > visible_from][: most - (row["caption"] is not None)]
         boxes_xywh, texts = placed[taken], []
         for i in taken:
             texts.append(f"{row['elems'][i].get('attributes', '')} {row['elems'][i]['caption']}")
         if row["caption"] is not None:
-            boxes_xywh = torch.cat([torch.tensor([[0.0, 0.0, 224.0, 224.0]]).double(), boxes_xywh])
+            boxes_xywh = torch.cat([torch.tensor([[0.0, 0.0, side, side]]).double(), boxes_xywh])
             texts.insert(0, row["caption"])
-        assert torch.equal(transforms.targets(boxes_xywh, (224, 224)), torch.tensor(row["target_bbox"]))
+        assert torch.equal(transforms.targets(boxes_xywh, size), torch.tensor(row["target_bbox"]))
         assert [int(i == 0 and row["caption"] is not None) for i in range(len(texts))] == row["is_image"]
-        masks = boxes.patch_mask(boxes_xywh, (7, 7), (224, 224))
+        masks = boxes.patch_mask(boxes_xywh, grid, size)
         ones = [[0, *(1 + mask.nonzero()[:, 0]).tolist()] for mask in masks]
         assert ones == row["image_atts_ones"]
         ids = [processor.encode(text)[0] for text in texts]
-        assert [[*one, *[0] * (16 - len(one))] for one in ids] == row["text_ids"]
+        assert [[*one, *[0] * (length - len(one))] for one in ids] == row["text_ids"]
 
 
 def test_boxes_leave_when_half_of_them_is_out():

@@ -30,7 +30,7 @@ def processor():
 
 
 def test_captions_are_cleaned_as_in_the_reference(functions):
-    assert len(functions["pre_caption"]) == 22
+    assert functions["pre_caption"] and functions["pre_caption_error"]
     for row in functions["pre_caption"]:
         assert clean_caption(row["text"], row["max_words"]) == row["result"]
     for text in functions["pre_caption_error"]:
@@ -39,7 +39,7 @@ def test_captions_are_cleaned_as_in_the_reference(functions):
 
 
 def test_questions_are_cleaned_as_in_the_reference(functions):
-    assert len(functions["pre_question"]) == 24
+    assert functions["pre_question"]
     for row in functions["pre_question"]:
         assert clean_question(row["text"], row["max_words"]) == row["result"]
 
@@ -55,7 +55,7 @@ def test_punctuation_is_deleted_not_replaced():
 def test_masking_draws_as_the_reference(functions):
     vocabulary = functions["tokenizer"]["vocab"]
     rows = functions["text_masking"]["rows"]
-    assert len(rows) == 48
+    assert rows
     for row in rows:
         tokens = row["tokens"].split()
         continues = [token.startswith("##") for token in tokens]
@@ -127,10 +127,13 @@ def test_a_text_of_one_token_has_nothing_to_hide():
 
 
 def test_tokens_are_the_references(functions):
-    processor = Processor.from_vocabulary(functions["tokenizer"]["vocab"], ProcessorConfig())
+    vocabulary = functions["tokenizer"]["vocab"]
+    processor = Processor.from_vocabulary(vocabulary, ProcessorConfig())
+    assert functions["tokenizer"]["rows"]
     for row in functions["tokenizer"]["rows"]:
         ids = processor.tokenizer(row["text"], add_special_tokens=False).input_ids
-        assert [2, *ids] == row["without_sep"]
+        assert processor.tokenizer.convert_ids_to_tokens(ids) == row["tokens"]
+        assert [vocabulary.index("[CLS]"), *ids] == row["without_sep"]
         assert processor.tokenizer(row["text"]).input_ids == row["with_sep"]
 
 

@@ -17,7 +17,7 @@ _PUBLIC = {
     "fit": "xvlm.train",
     "draw": "xvlm.viz",
 }
-_MODULES = ("boxes", "evaluate", "losses", "metrics", "tasks")
+_MODULES = ("boxes", "embed", "evaluate", "losses", "metrics", "tasks")
 
 __all__ = ["__version__", *_PUBLIC, *_MODULES]
 

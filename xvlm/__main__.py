@@ -45,6 +45,10 @@ def ground(
     phrases: Annotated[list[str], typer.Argument(help="What to look for, one or more phrases.")],
     model: Annotated[str, typer.Option(help="Folder, shipped name or hub name.")] = DEFAULT,
     out: Annotated[Path, typer.Option(help="Where the drawn picture goes.")] = Path("grounded.png"),
+    method: Annotated[str, typer.Option(help="box: the box head; gradcam: where the matching head looks.")] = "box",
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Of gradcam: which cross layer. Default: the middle.")
+    ] = None,
 ) -> None:
     """Find phrases in a picture: prints a box each (left top right bottom, pixels) and draws them."""
     import torch
@@ -54,19 +58,97 @@ def ground(
     from xvlm.data.processor import Processor
     from xvlm.grounder import Grounder
     from xvlm.models.xvlm import XVLM
+    from xvlm.presence import Presence, WithPresence
     from xvlm.tasks.pretraining import PretrainingConfig, Task
+    from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig
 
     picture = Image.open(image).convert("RGB")
     folder = hub.locate(model)
-    method = Task(PretrainingConfig(), XVLM.from_pretrained(folder)).eval()
-    grounder = Grounder(method, Processor.from_pretrained(folder))
+    weights, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
+    _check_vocabulary(processor.vocab_size, weights.config.text.vocab_size)
+    if method == "gradcam":
+        middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
+        way = GradCAM(GradCAMConfig(layer=middle if layer is None else layer), weights)
+    elif method == "box":
+        way = Task(PretrainingConfig(), weights)
+    else:
+        raise ValueError(f"--method {method}: expected box or gradcam")
+    known = Presence.from_pretrained(folder)
+    if method == "box" and known is not None:
+        way = WithPresence(way, weights, known)
+    grounder = Grounder(way, processor)
     grounder.set_image(picture)
     found = grounder.predict_all(phrases)
     for phrase, each in zip(phrases, found, strict=True):
         box = " ".join(f"{edge:.0f}" for edge in each.boxes_xyxy[0].tolist())
-        typer.echo(f"{phrase}: {box}")
-    viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), phrases).save(out)
+        sure = ""
+        if known is not None and each.presence is not None:
+            verdict = "there" if each.presence >= known.threshold else "not there"
+            sure = f"  {verdict} ({each.presence:.2f})"
+        typer.echo(f"{phrase}: {box}{sure}")
+    if found[0].heat is None:
+        drawn = viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), phrases)
+    else:
+        drawn = viz.contact_sheet([viz.draw(viz.heatmap(picture, each.heat), each) for each in found], phrases)
+    drawn.save(out)
     typer.echo(str(out))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="A folder of weights; what is found is stored in it.")],
+    shards: Annotated[Path, typer.Argument(help="Held-out shards with expressions that name something and nothing.")],
+    limit: Annotated[int, typer.Option(min=2, help="Records at most.")] = 1000,
+) -> None:
+    """Learn from held-out phrases how sure a model should be that a phrase is in an image at all.
+
+    Every other record teaches; the numbers are of the rest.
+    """
+    from xvlm import presence
+    from xvlm.data.processor import Processor
+    from xvlm.data.shards import Shards
+    from xvlm.models.xvlm import XVLM
+    from xvlm.tasks.pretraining import PretrainingConfig, Task
+
+    weights, processor, packed = XVLM.from_pretrained(model), Processor.from_pretrained(model), Shards(shards)
+    count = min(limit, len(packed))
+    method = Task(PretrainingConfig(), weights).eval()
+    taught, held_out = (presence.gather(method, weights, processor, packed, range(first, count, 2)) for first in (0, 1))
+    found = presence.fit(*taught)
+    found.save_pretrained(model)
+    for name, value in presence.numbers(found, *held_out).items():
+        typer.echo(f"{name}: {value:.3f}")
+    typer.echo(f"{model / presence.FILE}: threshold {found.threshold:.3f}, on {len(held_out[1])} phrases")
+
+
+@app.command()
+def embed(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, and folders of pictures.")],
+    out: Annotated[Path, typer.Option(help="Where the vectors go: .npz or .parquet.")] = Path("vectors.npz"),
+    boxes: Annotated[Path | None, typer.Option(help='Boxes of them: {"image": …, "boxes_xyxy": …} a line.')] = None,
+    model: Annotated[str, typer.Option(help="Folder, shipped name or hub name.")] = DEFAULT,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
+    """Write unit vectors of pictures and of boxes in them; pictures that cannot be read are named (status 1)."""
+    from xvlm import embed as embedding
+    from xvlm.data.processor import Processor
+    from xvlm.models.xvlm import XVLM
+
+    write, images = embedding.writer_for(out), embedding.find_images(paths)
+    asked = embedding.read_boxes(boxes, images) if boxes is not None else {}
+    folder = hub.locate(model)
+    loaded, processor = XVLM.from_pretrained(folder).to(device), Processor.from_pretrained(folder)
+    vectors = embedding.embed(loaded, processor, images, asked, batch_size=batch_size, progress=True)
+    write(vectors, model, out)
+    for line in vectors.skipped:
+        typer.echo(f"skipped {line}")
+    count = len(images) - len(vectors.skipped)
+    typer.echo(
+        f"{out}: {count} images, {len(vectors.ids) - count} boxes, vectors of {vectors.vectors.shape[1]}"
+        + (f"; {len(vectors.skipped)} images skipped" if vectors.skipped else "")
+    )
+    raise typer.Exit(1 if vectors.skipped else 0)
 
 
 @app.command()
@@ -74,8 +156,10 @@ def export(
     run: Annotated[Path, typer.Argument(help="A finished run's folder.")],
     folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
     half: Annotated[bool, typer.Option(help="Store float16: half the size.")] = False,
+    data_used: Annotated[str, typer.Option("--data", help="For the card: what it was trained on, in words.")] = "",
+    licence: Annotated[str, typer.Option(help="For the card.")] = "",
 ) -> None:
-    """Write a run's model as a folder to share: weights, processor, and a card."""
+    """Write a run's model as a folder to share: weights, processor, and a card with data, licence and numbers."""
     import torch
 
     from xvlm.data.processor import Processor
@@ -88,15 +172,15 @@ def export(
     size = (folder / "model.safetensors").stat().st_size / 1e6
     parameters = sum(p.numel() for p in model.parameters())
     about = f"{parameters:,} parameters, {size:.1f} MB ({'float16' if half else 'float32'})."
-    hub.write_atomically(
-        folder / "README.md", hub.model_card(folder.name, about, results, (run / "config.yaml").read_text())
-    )
+    config = (run / "config.yaml").read_text()
+    card = hub.model_card(folder.name, about, results, config, data=data_used, licence=licence)
+    hub.write_atomically(folder / "README.md", card)
     typer.echo(f"{folder}: {about}")
 
 
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="An official X-VLM checkpoint, .th or .pth.")],
+    file: Annotated[Path, typer.Argument(help="An official checkpoint of X-VLM or ALBEF, .th or .pth.")],
     folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
     image_size: Annotated[
         int | None, typer.Option(help="Pixels; position tables are resized. Default: its own.")
@@ -105,14 +189,17 @@ def convert(
         str | None, typer.Option(help="Folder with vocab.txt or tokenizer.json, or a hub name. Default: beside FILE.")
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the text side. Default: width / 64.")
+        int | None, typer.Option(min=1, help="Attention heads of the text side and of a ViT. Default: width / 64.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Start this task's model from a pre-training file: retrieval, vqa, …")
     ] = None,
 ) -> None:
     """Turn an official checkpoint into a folder of ours, and say what became of each tensor."""
     from xvlm.data.processor import Processor, ProcessorConfig
     from xvlm.models import checkpoints
 
-    converted = checkpoints.read(file, image_size=image_size, heads=heads)
+    converted = checkpoints.read(file, image_size=image_size, heads=heads, task=task)
     processor = None
     beside = any((file.parent / name).exists() for name in ("vocab.txt", "tokenizer.json"))
     if tokenizer is not None or beside:
@@ -123,15 +210,18 @@ def convert(
         processor = Processor.from_tokenizer(hub.locate(tokenizer) if tokenizer else file.parent, config)
         _check_vocabulary(processor.vocab_size, converted.config.text.vocab_size)
     model = checkpoints.build(converted, file)
+    typer.echo(f"{file}: {converted.kind}")
     for line in converted.lines():
         typer.echo(line)
     model.save_pretrained(folder)
-    hub.write_atomically(folder / "README.md", checkpoints.card(folder.name, file, converted))
+    hub.write_atomically(folder / "README.md", checkpoints.card(folder.name, file, converted, model))
     if processor is None:
         typer.echo("no tokenizer: give one with --tokenizer before the folder is used with texts")
     else:
         processor.save_pretrained(folder)
     counts = f"{len(converted.renamed)} renamed, {len(converted.dropped)} dropped, {len(converted.resized)} resized"
+    if converted.fresh:
+        counts += f", {len(converted.fresh)} started fresh"
     typer.echo(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters; {counts}")
 
 
@@ -156,11 +246,10 @@ def push(
 def _verified(folder: str) -> bool:
     """Prints how far each golden output is from what it was; whether all are near."""
     from xvlm.data.processor import FILE, Processor
-    from xvlm.models import golden
-    from xvlm.models.xvlm import XVLM
+    from xvlm.models import checkpoints, golden
 
     place = hub.locate(folder)
-    model = XVLM.from_pretrained(place)
+    model = checkpoints.load(place)
     if (place / FILE).exists():
         _check_vocabulary(Processor.from_pretrained(place).vocab_size, model.config.text.vocab_size)
     differences, near = golden.differences(model, place)
@@ -180,7 +269,7 @@ def _check_vocabulary(tokenizer: int, model: int) -> None:
 
 @data.command("pack")
 def data_pack(
-    reader: Annotated[str, typer.Argument(help="scenes, flickr30k_entities or coco")],
+    reader: Annotated[str, typer.Argument(help="scenes, coco, csv_table, ...: docs/data.md has all.")],
     out: Annotated[Path, typer.Argument(help="Shards go to OUT/SPLIT.")],
     folder: Annotated[Path | None, typer.Option(help="Folder of the public data.")] = None,
     split: Annotated[str, typer.Option(help="Which part.")] = "train",
@@ -275,6 +364,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@data.command("schema")
+def data_schema() -> None:
+    """Print the JSON schema of a record: the fields of json_lines and of the shards."""
+    from xvlm.data.records import Record
+
+    typer.echo(json.dumps(Record.model_json_schema(), indent=2))
+
+
 @data.command("show")
 def data_show(
     shards: Annotated[Path, typer.Argument(help="A folder of shards.")],
@@ -326,12 +423,12 @@ def bench_step(
 
     import torch
 
-    from xvlm import bench
+    from xvlm.bench import step
     from xvlm.tasks.pretraining import PretrainingConfig, Task
 
     if threads is not None:
         torch.set_num_threads(threads)
-    result = bench.bench_step(
+    result = step.bench_step(
         size,
         lambda model: partial(Task(PretrainingConfig(), model).losses, boxes=True),
         images=images,
@@ -342,6 +439,41 @@ def bench_step(
         clock=clock,
         peak_tflops=peak_tflops,
     )
+    _report(result, json_file)
+
+
+@bench.command("retrieval")
+def bench_retrieval(
+    size: Annotated[str, typer.Option(help="tiny, small, or base (Swin-B and BERT-base).")] = "small",
+    images: Annotated[int, typer.Option(min=1, help="Of the gallery.")] = 16,
+    texts_per_image: Annotated[int, typer.Option(min=1, help="Of the gallery.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, help="How many candidates of a query are re-ranked.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: torch's own choice.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times are medians over them.")] = 3,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: processor time, for a busy machine; one thread.")] = "wall",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go as well.")] = None,
+) -> None:
+    """Time and FLOPs of re-ranking a gallery both ways, beside the same done a query at a time."""
+    import torch
+
+    from xvlm.bench import retrieval
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = retrieval.bench_retrieval(
+        size,
+        images=images,
+        texts_per_image=texts_per_image,
+        top_k=top_k,
+        device=device,
+        repeats=repeats,
+        clock=clock,
+    )
+    _report(result, json_file)
+
+
+def _report(result, json_file: Path | None) -> None:
     for line in result.lines():
         typer.echo(line)
     if json_file is not None:

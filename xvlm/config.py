@@ -99,11 +99,19 @@ def load_config(config: type[Config], path: Path | str, overrides: Sequence[str]
     Raises:
         ConfigError: naming file, key, what was found and what was expected.
     """
-    values = apply_overrides(read_yaml(Path(path)), overrides)
+    return validate(config, apply_overrides(read_yaml(Path(path)), overrides), path)
+
+
+def validate(config: type[Config], values: Any, origin: object) -> Config:
+    """The object that values describe.
+
+    Raises:
+        ConfigError: a line for each wrong key, naming ``origin``, key, what was found and what was expected.
+    """
     try:
         return config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {_explain(config, e)}" for e in error.errors())) from None
+        raise ConfigError("\n".join(f"{origin}: {_explain(config, e)}" for e in error.errors())) from None
 
 
 def dump_config(config: BaseModel) -> str:

@@ -3,26 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from xvlm.data.processor import Processor
-from xvlm.types import Concepts, Grounded, Texts
+from xvlm.types import Grounded, Proposals, Texts
 
 
 @runtime_checkable
 class Method(Protocol):
-    """A way of grounding: a task's box head, for one. Boxes are ``xyxy`` normalised to the image."""
+    """A way of grounding: a task's box head, for one. Boxes are ``xyxy`` normalised to the image.
+
+    ``encode`` gives what is kept of images, in whatever form ``ground`` wants it. Where a method chooses among proposed
+    boxes, ``encode`` takes these too, :class:`xvlm.types.Proposals` for each image.
+    """
 
     @property
     def device(self) -> torch.device: ...
 
-    def encode(self, images: Tensor) -> Concepts: ...
+    def encode(self, images: Tensor) -> Any: ...
 
-    def ground(self, texts: Texts, concepts: Concepts, about: Tensor) -> list[Grounded]: ...
+    def ground(self, texts: Texts, seen: Any, about: Tensor) -> list[Grounded]: ...
 
 
 class Grounder:
@@ -38,33 +42,38 @@ class Grounder:
         self.method, self.processor = method, processor
         if isinstance(method, torch.nn.Module):
             method.eval()
-        self.concepts: Concepts | None = None
+        self.seen: Any = None
         self.size: tuple[int, int] = (0, 0)
 
-    @torch.inference_mode()
-    def set_image(self, image: Image.Image | Path | str) -> None:
-        """Encode an image; later questions are about it."""
+    @torch.no_grad()  # not inference mode: some methods need a gradient further on
+    def set_image(self, image: Image.Image | Path | str, proposals: Proposals | None = None) -> None:
+        """Encode an image; later questions are about it.
+
+        Args:
+            proposals: boxes to choose among, in pixels of this image, for a method that does.
+        """
         if not isinstance(image, Image.Image):
             image = Image.open(image)
         image = image.convert("RGB")
         self.size = image.size
-        self.concepts = self.method.encode(self.processor.pixel_values(image)[None].to(self.method.device))
+        pixel_values = self.processor.pixel_values(image)[None].to(self.method.device)
+        self.seen = self.method.encode(pixel_values, *([] if proposals is None else [[proposals]]))
 
     def predict(self, phrase: str) -> Grounded:
         """Where the phrase is; boxes are ``xyxy`` in pixels of the image given."""
         return self.predict_all([phrase])[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict_all(self, phrases: Sequence[str]) -> list[Grounded]:
         """:meth:`predict` for many phrases in one pass.
 
         Raises:
             RuntimeError: no image yet.
         """
-        if self.concepts is None:
+        if self.seen is None:
             raise RuntimeError("no image yet: call set_image first")
         about = torch.zeros(len(phrases), dtype=torch.long, device=self.method.device)
         texts = self.processor.texts(list(phrases)).to(self.method.device)
-        found = [each.to("cpu") for each in self.method.ground(texts, self.concepts, about)]
+        found = [each.to("cpu") for each in self.method.ground(texts, self.seen, about)]
         scale = torch.tensor([self.size * 2], dtype=torch.float)
         return [replace(each, boxes_xyxy=each.boxes_xyxy * scale) for each in found]

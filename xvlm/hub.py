@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,12 +86,22 @@ def push(folder: Path | str, name: str, *, private: bool = False) -> str:
     return str(address)
 
 
-def model_card(name: str, about: str, results: Mapping[str, object], config: str) -> str:
-    """A README for a folder of weights: what it is, what it scores, how it was made.
+def push_saved(save: Callable[[str], None], name: str, *, private: bool = False) -> str:
+    """:func:`push` what ``save``, given a folder, writes there."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return push(folder, name, private=private)
+
+
+def model_card(
+    name: str, about: str, results: Mapping[str, object], config: str, *, data: str = "", licence: str = ""
+) -> str:
+    """A README for a folder of weights: what it is, its data and licence, what it scores, how it was made.
 
     Args:
         results: a run's ``results.json``: facts, and numbers under ``slice/stage/measure``.
         config: the run's configuration, YAML.
+        data, licence: in words; where they are left out, the card says where to look.
     """
     facts = [f"| {key} | {value} |" for key, value in results.items() if "/" not in key]
     scores = [
@@ -98,7 +109,15 @@ def model_card(name: str, about: str, results: Mapping[str, object], config: str
         for key, value in results.items()
         if "/trained/" in key and "chance" not in key and isinstance(value, float)
     ]
-    return _CARD.format(name=name, about=about, facts="\n".join(facts), scores="\n".join(scores), config=config.strip())
+    return _CARD.format(
+        name=name,
+        about=about,
+        data=data or "What `corpus`, `streams` and `init` name in the configuration below.",
+        licence=licence or "Not stated. Those of the data and of weights it started from may have a say.",
+        facts="\n".join(facts),
+        scores="\n".join(scores),
+        config=config.strip(),
+    )
 
 
 _CARD = """# {name}
@@ -107,6 +126,14 @@ _CARD = """# {name}
 
     from xvlm import XVLM, Processor
     model, processor = XVLM.from_pretrained("{name}"), Processor.from_pretrained("{name}")
+
+## Data
+
+{data}
+
+## Licence
+
+{licence}
 
 ## How it was made
 

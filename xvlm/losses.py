@@ -36,6 +36,29 @@ def contrastive(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+def sigmoid_contrastive(
+    image: Float[Tensor, "pair dim"],
+    text: Float[Tensor, "pair dim"],
+    temperature: Float[Tensor, ""],
+    bias: Float[Tensor, ""],
+    same: Int[Tensor, "pair kind"] | None = None,
+) -> Float[Tensor, ""]:
+    """Contrastive loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343, equation 1): is this the text of that image,
+    asked of every pair of all processes, summed over texts, mean over images.
+
+    Args:
+        bias: is added to the similarity over the temperature; SigLIP starts with -10, because most pairs do not match.
+        same: as in :func:`contrastive`; positives of each other all match.
+    """
+    image, text = distributed.gather(torch.cat([image, text], 1)).chunk(2, 1)
+    logits = similarity(image, text, temperature) + bias
+    if same is None:
+        positives = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    else:
+        positives = matches(distributed.gather(same))
+    return -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / len(logits)
+
+
 def matches(same: Int[Tensor, "pair kind"]) -> Bool[Tensor, "pair pair"]:
     """Pairs that agree in any column."""
     return (same[:, None] == same[None]).any(-1)
@@ -55,12 +78,17 @@ def negative_weights(
     text: Float[Tensor, "pair dim"],
     temperature: Float[Tensor, ""],
     forbidden: Bool[Tensor, "pair pair"],
+    groups: Int[Tensor, "pair"] | None = None,
 ) -> tuple[Float[Tensor, "pair pair"], Float[Tensor, "pair pair"]]:
     """Weights to draw hard negatives from: row b of the first, a wrong image for text b; of the second, a wrong text
-    for image b. Softmax of the similarities plus 1e-5, forbidden entries 0 (X-VLM ``get_matching_loss``).
+    for image b. Softmax of the similarities plus 1e-5, forbidden entries 0 (X-VLM ``get_matching_loss``). To a pair,
+    those of other ``groups`` do not exist.
     """
     # Features that are not finite must not fail here: the contrastive loss then names them.
     logits = similarity(image, text, temperature)
+    if groups is not None:
+        elsewhere = groups[:, None] != groups
+        logits, forbidden = logits.masked_fill(elsewhere, -torch.inf), forbidden | elsewhere
     wrong_image = (logits.T.softmax(1).nan_to_num() + 1e-5).masked_fill(forbidden.T, 0)
     wrong_text = (logits.softmax(1).nan_to_num() + 1e-5).masked_fill(forbidden, 0)
     return wrong_image, wrong_text
@@ -72,8 +100,13 @@ def hard_negatives(
     text: Float[Tensor, "pair dim"],
     temperature: Float[Tensor, ""],
     forbidden: Bool[Tensor, "pair pair"] | None = None,
+    groups: Int[Tensor, "pair"] | None = None,
 ) -> tuple[Int[Tensor, "negative"], Int[Tensor, "negative"], Int[Tensor, "negative"], Int[Tensor, "negative"]]:
     """Draw a similar but wrong image for each text and a wrong text for each image, from the local pairs.
+
+    Args:
+        groups: a number per pair; negatives are of the same group, and drawn by dice that its number decides. Whatever
+            else is in the batch then changes nothing.
 
     Returns:
         ``(texts, their wrong images, images, their wrong texts)`` as row numbers. A row that no negative is left for
@@ -81,15 +114,22 @@ def hard_negatives(
     """
     if forbidden is None:
         forbidden = torch.eye(len(image), dtype=torch.bool, device=image.device)
-    wrong_image, wrong_text = negative_weights(image, text, temperature, forbidden)
-    texts, images = wrong_image.sum(1).nonzero()[:, 0], wrong_text.sum(1).nonzero()[:, 0]
-    return texts, _draw(wrong_image[texts]), images, _draw(wrong_text[images])
+    weights = torch.stack(negative_weights(image, text, temperature, forbidden, groups))
+    dice = torch.empty_like(weights).exponential_() if groups is None else _dice(groups)
+    # Of exponential variates with these rates, each is the first to arrive with a probability that its rate decides.
+    wrong_image, wrong_text = (weights / dice).argmax(-1)
+    texts, images = (possible.nonzero()[:, 0] for possible in weights.sum(-1) > 0)
+    return texts, wrong_image[texts], images, wrong_text[images]
 
 
-def _draw(weights: Float[Tensor, "row choice"]) -> Int[Tensor, "row"]:
-    if len(weights) == 0:
-        return torch.zeros(0, dtype=torch.long, device=weights.device)
-    return torch.multinomial(weights, 1)[:, 0]
+def _dice(groups: Int[Tensor, "pair"]) -> Float[Tensor, "2 pair pair"]:
+    """Exponential variates, which within a group depend on its number only; made on the CPU: the same on any device."""
+    dice = torch.ones(2, len(groups), len(groups))
+    for number in groups.unique().tolist():
+        rows = (groups == number).nonzero()[:, 0].cpu()
+        generator = torch.Generator().manual_seed(number)
+        dice[:, rows[:, None], rows] = torch.empty(2, len(rows), len(rows)).exponential_(generator=generator)
+    return dice.to(groups.device)
 
 
 def classification(logits: Float[Tensor, "row class"], answer: Int[Tensor, "row"]) -> Float[Tensor, ""]:

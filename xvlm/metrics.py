@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from xvlm import boxes
@@ -91,6 +91,32 @@ def phrase_grounding(
         any_box += bool((boxes.iou(predicted.expand_as(targets), targets) >= threshold).any())
         merged_box += bool(boxes.iou(predicted, boxes.merge(targets)) >= threshold)
     return {"any_box_acc": any_box / len(targets_xyxy), "merged_box_acc": merged_box / len(targets_xyxy)}
+
+
+def presence(
+    probability: Float[Tensor, "phrase"], present: Bool[Tensor, "phrase"], threshold: float, bins: int = 15
+) -> dict[str, float]:
+    """Whether phrases that name nothing in the image are told from those that do (gRefCOCO; Liu et al. 2023).
+
+    Returns:
+        ``n_acc``: share of phrases without a target that are below the threshold; ``t_acc``: share of those with one
+        that are not; ``calibration_error``: how far probabilities are from frequencies, mean over phrases, in bins of
+        equal width (ECE; Guo et al. 2017, equation 3); ``absent``: share of phrases without a target.
+
+    Raises:
+        ValueError: phrases of one kind only.
+    """
+    if present.all() or not present.any():
+        raise ValueError(f"presence: {int(present.sum())} of {len(present)} phrases have a target; expected both kinds")
+    said = probability >= threshold
+    bin_of = (probability * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.double).index_add(0, bin_of, (probability - present.double()).double())
+    return {
+        "n_acc": (~said[~present]).double().mean().item(),
+        "t_acc": said[present].double().mean().item(),
+        "calibration_error": gap.abs().sum().item() / len(present),
+        "absent": (~present).double().mean().item(),
+    }
 
 
 def choice_accuracy(scores: Sequence[Float[Tensor, "_ _"]]) -> dict[str, float]:

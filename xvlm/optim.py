@@ -24,7 +24,7 @@ class OptimConfig(Configured):
 
 # X-VLM decides by substring (optim.py), so every bias, position-bias table and LayerNorm inside the encoders goes
 # undecayed, while the temperature, the embeddings and the LayerNorms inside the heads (itm_head.1, bbox_head.1) decay.
-# Here the rule is by what a parameter is; the two differ in `temperature` and four head LayerNorm gains only.
+# Here the rule is by what a parameter is; the two differ in `temperature` and two head LayerNorm gains only.
 def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and "relative_position_bias_table" not in name
 

@@ -12,7 +12,9 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
 
-Open = Callable[[int], Iterator[Batch]]  # a stream of batches from the given batch number on
+# A stream of batches from the given update on. An update reads as many as take turns (``TrainConfig.accumulate``).
+Open = Callable[[int], Iterator[Batch]]
 
 
 class TrainConfig(Configured):
@@ -43,6 +46,8 @@ class TrainConfig(Configured):
     # (X-VLM's Pretrain.py); `joint`: one update on both.
     recipe: Literal["alternate", "joint"] = "alternate"
     region_probability: float = 0.5
+    # Into how many parts each process divides its share of an update's images: the memory of one, the gradient of all.
+    accumulate: Annotated[int, Field(ge=1)] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False  # of the encoders: layers are computed a second time, instead of remembered
     compile: bool = False  # the encoders, by torch.compile: see xvlm/models/economy.py
@@ -133,20 +138,19 @@ def fit(
     begun = step
     with stop, tqdm(total=config.steps, initial=step, unit="step", disable=not accelerator.is_main_process) as bar:
         while step < config.steps:
-            seed_step(config.seed, step)
             lr = optim.lr * lr_factor(step, config.steps, optim)
             set_lr(optimizer, lr)
-            for update in updates(config, step, list(streams)):
+            for number, update in enumerate(updates(config, step, list(streams))):
                 started = time.perf_counter()
-                batches = {}
                 for stream in update:
                     if stream not in opened:
                         opened[stream] = streams[stream](positions[stream])
-                    batches[stream] = next(opened[stream]).to(accelerator.device)
                     positions[stream] += 1
+                parts = [{stream: next(opened[stream]) for stream in update} for _ in range(config.accumulate)]
                 waited = time.perf_counter() - started
-                losses = _update(model, batches, optimizer, optim, accelerator)
-                log.add(losses, batches, waited)
+                seed = partial(seed_step, config.seed, step, number)
+                losses = _update(model, parts, optimizer, optim, accelerator, seed)
+                log.add(losses, parts, waited)
             step += 1
             rate = log.step(step, lr, bar)
             bar.update()
@@ -162,19 +166,44 @@ def fit(
     return begun
 
 
-def _update(model, batches, optimizer, optim: OptimConfig, accelerator: Accelerator) -> dict[str, Tensor]:
-    with accelerator.autocast():
-        losses = model(batches)
-    total = sum(losses.values())
-    if not torch.isfinite(total):
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
-        ids = {stream: batch.ids[:8] for stream, batch in batches.items()}
-        raise FloatingPointError(f"losses {values} on the batches with records {ids}")
-    accelerator.backward(total)
+def _update(
+    model: nn.Module,
+    parts: list[dict[str, Batch]],
+    optimizer: torch.optim.Optimizer,
+    optim: OptimConfig,
+    accelerator: Accelerator,
+    seed: Callable[[], None],
+) -> dict[str, Tensor]:
+    """One update on batches that take turns; their losses are averaged, as those of processes are."""
+    turns = distributed.Turns(len(parts))
+    sums: dict[str, Tensor] = {}
+
+    def losses_of(part: dict[str, Batch]) -> dict[str, Tensor]:
+        seed()
+        with accelerator.autocast():
+            return model({stream: batch.to(accelerator.device) for stream, batch in part.items()})
+
+    if len(parts) > 1:
+        for turn, part in enumerate(parts):
+            with turns.listen(turn):
+                losses_of(part)
+    for turn, part in enumerate(parts):
+        last = turn == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            with turns.speak(turn):
+                losses = losses_of(part)
+            total = sum(losses.values())
+            if not torch.isfinite(total):
+                values = {name: float(loss.detach()) for name, loss in losses.items()}
+                ids = {stream: batch.ids[:8] for stream, batch in part.items()}
+                raise FloatingPointError(f"losses {values} on the batches with records {ids}")
+            accelerator.backward(total / len(parts))
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.detach() / len(parts)
     norm = accelerator.clip_grad_norm_(model.parameters(), optim.clip)
     optimizer.step()
     optimizer.zero_grad()
-    return {name: loss.detach() for name, loss in losses.items()} | {"gradient_norm": torch.as_tensor(norm)}
+    return sums | {"gradient_norm": torch.as_tensor(norm)}
 
 
 def updates(config: TrainConfig, step: int, streams: list[str]) -> list[list[str]]:
@@ -185,9 +214,10 @@ def updates(config: TrainConfig, step: int, streams: list[str]) -> list[list[str
     return ([["region"]] if coin else []) + [["caption"]]
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Dropout, stochastic depth and negatives of a step depend on (seed, step, rank) and nothing else."""
-    torch.manual_seed(random.Random(f"{seed} step {step} rank {distributed.world().rank}").getrandbits(63))
+def seed_step(seed: int, step: int, update: int = 0) -> None:
+    """Dropout, stochastic depth and negatives depend on (seed, step, update of the step, rank) and nothing else."""
+    said = f"{seed} step {step} update {update} rank {distributed.world().rank}"
+    torch.manual_seed(random.Random(said).getrandbits(63))
 
 
 # States.
@@ -264,11 +294,11 @@ class _Log:
         self.counts: dict[str, int] = {}
         self.images, self.texts, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], batches: dict[str, Batch], waited: float) -> None:
+    def add(self, losses: dict[str, Tensor], parts: list[dict[str, Batch]], waited: float) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
-        for batch in batches.values():
+        for batch in (batch for part in parts for batch in part.values()):
             self.images += len(batch.images)
             self.texts += len(batch.texts.ids)
             for skipped in batch.skipped:

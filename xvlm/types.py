@@ -48,7 +48,10 @@ class Regions(Movable):
 
 @dataclass(frozen=True)
 class Batch(Movable):
-    """Images and the texts about them. ``ids`` name the records (image by image), ``skipped`` the broken ones."""
+    """Images and the texts about them. ``ids`` name the records (image by image), ``skipped`` the broken ones.
+
+    ``places`` are the images' places in the order of the whole run: the same on any number of processes.
+    """
 
     images: Float[Tensor, "image 3 height width"]
     texts: Texts
@@ -57,6 +60,7 @@ class Batch(Movable):
     ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     sources: dict[str, int] = field(default_factory=dict)
+    places: Int[Tensor, "image"] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,28 @@ class Words(Movable):
 
 
 @dataclass(frozen=True)
+class Proposals(Movable):
+    """Boxes of one image among which a grounder may choose, in pixels; ``size`` is the image's width and height.
+
+    ``scores`` are the proposer's confidences, ones where it has none; ``labels`` what it takes the boxes for.
+    """
+
+    boxes_xyxy: Float[Tensor, "box 4"]
+    scores: Float[Tensor, "box"]
+    size: tuple[int, int]
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Grounded(Movable):
     """What every grounder returns for one phrase: boxes in pixels of the image given, best first.
 
-    ``presence`` is the probability that the phrase is in the image at all, where the method has one.
+    ``presence`` is the probability that the phrase is in the image at all, where the method has one; ``heat`` where the
+    method looked, over the grid of patches.
     """
 
     boxes_xyxy: Float[Tensor, "box 4"]
     scores: Float[Tensor, "box"]
     presence: float | None = None
     masks: Bool[Tensor, "box height width"] | None = None
+    heat: Float[Tensor, "row column"] | None = None

@@ -1,6 +1,7 @@
 """From a source people have (generated scenes, public formats) to validated shards, one folder per split."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,16 +13,36 @@ from xvlm.config import Configured
 from xvlm.data import scenes
 from xvlm.data.leaks import Guard
 from xvlm.data.prepare import Preparation
-from xvlm.data.readers import coco, flickr30k_entities
 from xvlm.data.records import Record
 from xvlm.data.scenes import SceneConfig
 from xvlm.data.shards import INDEX, Shards, sha256, write_shards
+
+# Each but the scenes is a module of xvlm.data.readers, whose docstring shows the files it expects.
+Reader = Literal[
+    "scenes",
+    "coco",
+    "visual_genome",
+    "refcoco",
+    "refcoco_json",
+    "flickr30k_entities",
+    "openimages",
+    "objects365",
+    "vqa",
+    "nlvr2",
+    "odvg",
+    "grit",
+    "xvlm_jsonl",
+    "albef_json",
+    "coco_json",
+    "csv_table",
+    "json_lines",
+]
 
 
 class CorpusConfig(Configured):
     """Where records come from and which splits are packed, each to ``<out>/<split>``."""
 
-    reader: Literal["scenes", "flickr30k_entities", "coco"]
+    reader: Reader
     out: Path
     folder: Path | None = None  # of the public data; scenes need none
     allow_missing: bool = False  # leave photographs out that are listed but absent, and say how many
@@ -82,5 +103,5 @@ def read(config: CorpusConfig, split: str, limit: int | None) -> Iterator[tuple[
         return scenes.samples(config.scenes, split, limit)
     if config.folder is None:
         raise ValueError(f"corpus.folder: the reader {config.reader} needs the folder of the data (corpus.folder=...)")
-    reader = {"flickr30k_entities": flickr30k_entities, "coco": coco}[config.reader]
+    reader = import_module(f"xvlm.data.readers.{config.reader}")
     return islice(reader.read(config.folder, split, allow_missing=config.allow_missing), limit)

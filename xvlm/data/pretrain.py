@@ -92,35 +92,39 @@ def loader(
     start: int,
     rank: int = 0,
     world: int = 1,
+    turns: int = 1,
 ) -> Iterator[Batch]:
     """Batches without end, from batch ``start`` of the run on.
 
     Batch n holds samples n * images to (n + 1) * images of the epochs laid end to end; each process has its part of
-    them. A sample that cannot be used is left out and named in ``Batch.skipped``.
+    them, as ``turns`` batches one after the other. A sample that cannot be used is left out and named in
+    ``Batch.skipped``.
 
     Args:
         masking: None leaves ``Batch.masked`` out.
         seed: of the run.
         rank, world: this process and how many there are.
+        turns: into how many batches a process divides its part.
 
     Raises:
-        ValueError: ``images`` or ``max_texts`` cannot be divided among the processes.
+        ValueError: ``images`` or ``max_texts`` cannot be divided among the processes and their turns.
         FileNotFoundError: see :class:`Shards`.
         UnusableData: (while reading) a batch without any usable sample, or too many skipped; names them.
     """
     for name in ("images", "max_texts"):
-        if (getattr(config, name) or 0) % world:
-            raise ValueError(f"{name}: {getattr(config, name)} cannot be divided among {world} processes")
-    stream = _Stream(config, processor, masking, seed, rank, world)
+        if (getattr(config, name) or 0) % (world * turns):
+            among = f"{world} processes" + (f" with {turns} turns each" if turns > 1 else "")
+            raise ValueError(f"{name}: {getattr(config, name)} cannot be divided among {among}")
+    stream = _Stream(config, processor, masking, seed, rank, world, turns)
     batches = DataLoader(
         stream,
         batch_size=None,  # the stream's items are batches already
-        sampler=count(start),
+        sampler=count(start * turns),
         num_workers=config.workers,
         collate_fn=_as_it_is,
         worker_init_fn=_leave_interrupts_to_the_parent,
     )
-    return _watched(batches, config.max_skipped_share, config.images // world)
+    return _watched(batches, config.max_skipped_share, config.images // (world * turns))
 
 
 def _as_it_is(batch: "Batch | _Unusable") -> "Batch | _Unusable":
@@ -169,6 +173,7 @@ class _Said:
 
 @dataclass(frozen=True)
 class _Sample:
+    place: int  # in the order of the run
     record: Record
     pixels: UInt8[Tensor, "3 height width"]
     said: list[_Said]
@@ -230,7 +235,7 @@ def _object_text(thing: Object, attributes: Literal["one", "all", "some"], rng: 
 
 
 class _Stream(Dataset):
-    """Batch number to this process's part of the batch."""
+    """Item n is turn ``n % turns`` of this process's part of batch ``n // turns``."""
 
     def __init__(
         self,
@@ -240,38 +245,41 @@ class _Stream(Dataset):
         seed: int,
         rank: int,
         world: int,
+        turns: int,
     ):
         self.config, self.processor, self.masking = config, processor, masking
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.turns, self.parts = seed, rank, turns, world * turns
         self.folders = [Shards(folder) for folder in config.shards]
         self.sizes = [size for shards in self.folders for size in shards.sizes]
         self.ends = np.cumsum([len(shards) for shards in self.folders])
         self._order: tuple[int, np.ndarray] | None = None  # the epoch it is of
 
-    def __getitem__(self, n: int) -> Batch | _Unusable:
-        mine = self.config.images // self.world
-        first = n * self.config.images + self.rank * mine
+    def __getitem__(self, item: int) -> Batch | _Unusable:
+        n, turn = divmod(item, self.turns)
+        part, mine = self.rank * self.turns + turn, self.config.images // self.parts
+        first = n * self.config.images + part * mine
         samples, skipped = [], []
-        for position in range(first, first + mine):
+        for place in range(first, first + mine):
             try:
-                samples.append(self._sample(*self._at(position)))
+                samples.append(self._sample(place))
             except BrokenSample as broken:
                 skipped.append(f"{broken.shard.parent.name}/{broken.shard.name}/{broken.key}: {broken.reason}")
         texts = [(sample, said) for sample in samples for said in sample.said]
-        if self.config.max_texts is not None and len(texts) > (most := self.config.max_texts // self.world):
-            rng = Random(f"{self.seed} texts {n} {self.rank} {self.config.grain}")
+        if self.config.max_texts is not None and len(texts) > (most := self.config.max_texts // self.parts):
+            rng = Random(f"{self.seed} texts {n} {part} {self.config.grain}")
             texts = [texts[i] for i in sorted(rng.sample(range(len(texts)), most))]
         return self._batch(texts, tuple(skipped)) if texts else _Unusable(tuple(skipped))
 
-    def _at(self, position: int) -> tuple[int, int]:
-        """Epoch and sample at a position of the run."""
-        epoch, offset = divmod(position, int(self.ends[-1]))
+    def _at(self, place: int) -> tuple[int, int]:
+        """Epoch and sample at a place in the order of the run."""
+        epoch, offset = divmod(place, int(self.ends[-1]))
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, epoch_order(self.sizes, self.seed, epoch)
         return epoch, int(self._order[1][offset])
 
-    def _sample(self, epoch: int, index: int) -> _Sample:
+    def _sample(self, place: int) -> _Sample:
         config, size = self.config, self.processor.config.image_size
+        epoch, index = self._at(place)
         folder = int(np.searchsorted(self.ends, index, side="right"))
         shards, i = self.folders[folder], index - (int(self.ends[folder - 1]) if folder else 0)
         record, image = read_image(shards, i)
@@ -297,7 +305,7 @@ class _Stream(Dataset):
         said = self._said(wanted, rng)
         if not said and wanted:
             raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "no text has words once it is cleaned")
-        return _Sample(record, to_tensor(seen.image), said)
+        return _Sample(place, record, to_tensor(seen.image), said)
 
     def _said(self, wanted: Sequence[tuple[str, list[float], bool]], rng: Random) -> list[_Said]:
         """The first ``max_regions`` texts that have words."""
@@ -345,6 +353,7 @@ class _Stream(Dataset):
             ids=tuple(sample.record.id for sample in samples),
             skipped=skipped,
             sources=dict(Counter(sample.record.source for sample, _ in texts)),
+            places=torch.tensor([sample.place for sample in samples]),
         )
 
 

@@ -1,6 +1,5 @@
 """From images and texts to tensors: size, normalisation and tokenizer, saved and loaded with the weights."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -125,9 +124,7 @@ class Processor:
         Raises:
             OSError: the hub refused, with its reason.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push(folder, name, private=private)
+        return hub.push_saved(self.save_pretrained, name, private=private)
 
     def encode(self, text: str) -> tuple[list[int], list[bool]]:
         """Ids of the cleaned text, [CLS] first, at most ``max_tokens``; and which tokens continue a word.

@@ -34,13 +34,14 @@ def is_unchecked() -> bool:
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RLE(Strict):
-    """A binary mask in COCO's compressed run-length encoding; ``size`` is height, width."""
+    """A binary mask in COCO's compressed run-length encoding."""
 
     size: tuple[int, int]
+    """Height, width."""
     counts: str
 
 
@@ -63,48 +64,69 @@ class Object(Strict):
 
 
 class Phrase(Strict):
-    """A span of one caption and the boxes it names (Flickr30k Entities); no boxes: named but not drawn."""
+    """A span of one caption and the boxes it names (Flickr30k Entities)."""
 
     caption: int
+    """Which of the record's captions, from 0."""
     start: int
+    """First character of the span."""
     end: int
+    """Character after the span."""
     boxes_xyxy: list[Box] = []
+    """None: named but not drawn."""
 
 
 class Expression(Strict):
-    """A referring expression; without a box it names something that is not in the image. ``tags`` slice reports."""
+    """A referring expression; without a box it names something that is not in the image."""
 
     text: Text
     box_xyxy: Box | None = None
+    """What it names; the box around all of ``boxes_xyxy`` where it names several things."""
+    boxes_xyxy: list[Box] = []
+    """Each thing by itself, where it names several ("the two men on the left")."""
     mask: RLE | None = None
     tags: list[str] = []
+    """Slices of a report it belongs to."""
+    id: str = ""
+    """As its source numbers it."""
 
 
 class Question(Strict):
-    """A question and its answers with weights (VQA: the share of annotators who gave it)."""
+    """A question and its answers with weights."""
 
     text: Text
     answers: dict[str, float] = {}
+    """Answer to weight, the share of annotators who gave it (VQA v2); none: to be predicted."""
     kind: str = ""
+    id: str = ""
+    """As its source numbers it; prediction files ask for it."""
 
 
 class Statement(Strict):
-    """A sentence about this image (the left one) and the record with id ``other``; true or false (NLVR2)."""
+    """A sentence about two images, true or false (NLVR2); this image is the left one."""
 
     text: Text
     other: str
+    """Id of the record with the right image."""
     label: bool
+    id: str = ""
+    """As its source numbers it."""
 
 
 class Record(Strict):
-    """One image and its annotations. ``id`` is unique within a source; ``width`` and ``height`` are of the image."""
+    """One image and its annotations."""
 
     id: Text
+    """Unique within a source, usable as a file name."""
     source: Text
+    """The data set."""
     split: Literal["train", "val", "test"] = "train"
     width: Annotated[int, Field(gt=0)]
+    """Of the stored image, in pixels."""
     height: Annotated[int, Field(gt=0)]
+    """Of the stored image, in pixels."""
     captions: list[Text] = []
+    """About the whole image."""
     regions: list[Region] = []
     objects: list[Object] = []
     phrases: list[Phrase] = []
@@ -113,7 +135,11 @@ class Record(Strict):
     statements: list[Statement] = []
     licence: str = ""
     credit: str = ""
+    """Who is to be named with the image, or where it is from."""
     tags: list[str] = []
+    """Slices of a report it belongs to."""
+    original_id: str = ""
+    """As the source writes it, where that is no ``id`` (a path)."""
     same_as: dict[str, str] = {}
     """Other collections that hold this photograph, and its id there: ``coco``, ``flickr``."""
 
@@ -131,6 +157,7 @@ class Record(Strict):
         boxed: list[tuple[str, Box]] = [(f"regions.{i}", r.box_xyxy) for i, r in enumerate(self.regions)]
         boxed += [(f"objects.{i}", o.box_xyxy) for i, o in enumerate(self.objects)]
         boxed += [(f"expressions.{i}", e.box_xyxy) for i, e in enumerate(self.expressions) if e.box_xyxy]
+        boxed += [(f"expressions.{i}", box) for i, e in enumerate(self.expressions) for box in e.boxes_xyxy]
         boxed += [(f"phrases.{i}", box) for i, p in enumerate(self.phrases) for box in p.boxes_xyxy]
         for where, (left, top, right, bottom) in boxed:
             if not (0 <= left < right <= self.width and 0 <= top < bottom <= self.height):

@@ -58,15 +58,18 @@ _CLIP = {
     r"encoder\.layers\.(\d+)\.mlp\.": r"blocks.\1.mlp.",
 }
 
-_OFFICIAL = {
-    r"temp$": "temperature",
-    r"vision_proj\.": "image_projection.",
-    r"text_proj\.": "text_projection.",
-    r"itm_head\.": "itm_head.",
-    r"bbox_head\.": "box_head.",
-    r"cls_head\.": "truth_head.",
-    r"ta_head\.": "assignment_head.",
+# What is read off both sides, in X-VLM's names (those of ALBEF too, where it has them).
+HEADS = {
+    "temp": "temperature",
+    "vision_proj": "image_projection",
+    "text_proj": "text_projection",
+    "itm_head": "itm_head",
+    "bbox_head": "box_head",
+    "cls_head": "truth_head",
+    "ta_head": "assignment_head",
 }
+# ALBEF's averaged copies of its modules, and its queues of features of past batches.
+_TRAINING_ALONE = r"\w+_m\.|(image|text|idx)_queue$|queue_ptr$"
 
 
 def bert(state: State, text_layers: int, looks: int = 1) -> State:
@@ -119,7 +122,7 @@ def clip_vit(state: State) -> State:
 
 
 def official(state: State, text_layers: int, looks: int = 1) -> State:
-    """An official X-VLM state dict, with any of its image and text encoders -> :class:`xvlm.XVLM`.
+    """An official X-VLM or ALBEF state dict, with any of its image and text encoders -> :class:`xvlm.XVLM`.
 
     Of the pre-training, retrieval, grounding and NLVR2 models; the last have two ``looks``. One with a decoder ->
     :class:`xvlm.models.decoder.Answerer` if it has an encoder of questions too, else
@@ -127,6 +130,7 @@ def official(state: State, text_layers: int, looks: int = 1) -> State:
     """
     parts: dict[str, State] = {"vision_encoder.": {}, "text_encoder.": {}, "text_decoder.": {}, "": {}}
     for name, tensor in state.items():
+        name = re.sub(r"^visual_encoder\.", "vision_encoder.", name)  # ALBEF's
         prefix = next(p for p in parts if name.startswith(p))
         parts[prefix][name] = tensor
     vision = {name.removeprefix("vision_encoder."): tensor for name, tensor in parts["vision_encoder."].items()}
@@ -135,7 +139,7 @@ def official(state: State, text_layers: int, looks: int = 1) -> State:
     elif "cls_token" not in vision:  # the plain ViT has timm's names
         vision = swin(vision)
     vision = {f"vision.trunk.{name}": tensor for name, tensor in vision.items()}
-    rest = _renamed(parts[""], lambda name: _by_table(_OFFICIAL, name))
+    rest = _renamed(parts[""], _head)
     decoder = bert(parts["text_decoder."], 0 if parts["text_encoder."] else text_layers)
     decoder = {f"decoder.{name}": tensor for name, tensor in decoder.items()}
     return vision | bert(parts["text_encoder."], text_layers, looks) | decoder | rest
@@ -156,6 +160,29 @@ def for_looks(state: State, looks: int) -> State:
         for look in range(1 if shared else looks):
             repeated[f"cross.layers.{int(found[1]) * looks + look}.{found[2]}"] = tensor
     return repeated
+
+
+def for_captions(state: State) -> State:
+    """The state dict of an :class:`xvlm.XVLM` -> of a :class:`xvlm.models.decoder.Captioner`: what read now writes."""
+    moved = _renamed(state, lambda name: re.sub(r"^(text|cross|word_head)\.", r"decoder.\1.", name))
+    return {name: tensor for name, tensor in moved.items() if name.startswith(("vision.", "decoder."))}
+
+
+def for_answers(state: State, decoder_layers: int, *, same_width: bool) -> State:
+    """The state dict of an :class:`xvlm.XVLM` -> of a :class:`xvlm.models.decoder.Answerer`, as far as it goes.
+
+    The decoder begins as the cross encoder; without its keys and values, made for patches, unless words have the
+    ``same_width`` (X-VLM's VQA model).
+    """
+
+    def rename(name: str) -> str | None:
+        upper = re.match(r"cross\.layers\.(\d+)\.(cross_attention\.(?:key|value)\.)?", name)
+        if upper and (int(upper[1]) >= decoder_layers or (upper[2] and not same_width)):
+            return None
+        return f"decoder.{name}" if upper or re.match(r"text\.(?!layers\.)|word_head\.", name) else None
+
+    reads = {name: tensor for name, tensor in state.items() if name.startswith(("vision.", "text.", "cross."))}
+    return reads | _renamed(state, rename)
 
 
 def in_order(state: State, target: State) -> State:
@@ -179,6 +206,13 @@ def in_order(state: State, target: State) -> State:
             )
         converted[name] = their_tensor
     return converted
+
+
+def _head(name: str) -> str | None:
+    if re.match(_TRAINING_ALONE, name):
+        return None
+    part, dot, inside = name.partition(".")
+    return HEADS.get(part, part) + dot + inside
 
 
 def _by_table(table: dict[str, str], name: str, unknown: str | None = None) -> str:

@@ -5,7 +5,6 @@ which then are the concept: [CLS] in the place of the pooled token, the other wo
 ``models/model_generation.py`` and ``models/model_vqa.py``).
 """
 
-from collections.abc import Iterable
 from typing import Annotated
 
 import torch
@@ -14,10 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from xvlm.config import Configured
+from xvlm.models import convert, golden
 from xvlm.models.packing import Page
 from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder, View
 from xvlm.models.vision import VisionConfig, VisionEncoder
-from xvlm.models.xvlm import XVLM, WordHead, initialise_like_bert
+from xvlm.models.xvlm import XVLM, Pretrained, WordHead, initialise_like_bert, load_strictly
 from xvlm.types import Concepts, Regions, Texts, Words
 
 
@@ -89,8 +89,10 @@ class CaptionerConfig(Configured):
     text: TextConfig = TextConfig()
 
 
-class Captioner(nn.Module):
+class Captioner(Pretrained):
     """Says what is in an image or a region: X-VLM's text and cross encoder run causally."""
+
+    Config = CaptionerConfig
 
     def __init__(self, config: CaptionerConfig):
         super().__init__()
@@ -102,9 +104,14 @@ class Captioner(nn.Module):
     def of(cls, model: XVLM) -> "Captioner":
         """A captioner that starts with all a pre-trained model knows."""
         made = cls(CaptionerConfig(vision=model.config.vision, text=model.config.text))
-        _copy([(model.vision, made.vision), (model.text, made.decoder.text)])
-        _copy([(model.cross, made.decoder.cross), (model.word_head, made.decoder.word_head)])
+        load_strictly(made, convert.for_captions(model.state_dict()), "the pre-trained model")
         return made
+
+    def answers(
+        self, images: Float[Tensor, "image 3 height width"], regions: Regions, texts: Texts
+    ) -> dict[str, Tensor]:
+        about = len(images) + torch.arange(len(texts.ids))
+        return {"words": golden.sample(self.decoder(texts, self.vision(images, regions), about))}
 
 
 class AnswererConfig(Configured):
@@ -113,8 +120,10 @@ class AnswererConfig(Configured):
     decoder_layers: Annotated[int, Field(ge=1)] = 6
 
 
-class Answerer(nn.Module):
+class Answerer(Pretrained):
     """Answers questions about images or regions: X-VLM reads the question, a decoder writes the answer."""
+
+    Config = AnswererConfig
 
     def __init__(self, config: AnswererConfig):
         super().__init__()
@@ -135,13 +144,9 @@ class Answerer(nn.Module):
         """
         config = AnswererConfig(vision=model.config.vision, text=model.config.text, decoder_layers=decoder_layers)
         made = cls(config)
-        _copy([(model.vision, made.vision), (model.text, made.text), (model.cross, made.cross)])
-        _copy((getattr(model.text, part), getattr(made.decoder.text, part)) for part in ("words", "positions", "types"))
-        _copy([(model.text.norm, made.decoder.text.norm), (model.word_head, made.decoder.word_head)])
         same_width = model.vision.dim == config.text.dim
-        for theirs, ours in zip(model.cross.layers, made.decoder.cross.layers, strict=False):
-            known = {name: t for name, t in theirs.state_dict().items() if same_width or not _reads_patches(name)}
-            ours.load_state_dict(ours.state_dict() | known)
+        known = convert.for_answers(model.state_dict(), decoder_layers, same_width=same_width)
+        load_strictly(made, made.state_dict() | known, "the pre-trained model")
         return made
 
     def read(
@@ -152,18 +157,16 @@ class Answerer(nn.Module):
         states = self.cross(self.text(questions), self.vision(images, regions), about)
         return states, as_concepts(states)
 
+    def answers(
+        self, images: Float[Tensor, "image 3 height width"], regions: Regions, texts: Texts
+    ) -> dict[str, Tensor]:
+        states, questions = self.read(images, texts, regions)
+        logits = self.decoder(texts, questions, torch.arange(len(texts.ids)))
+        return {"read": states.first, "words": golden.sample(logits)}
+
 
 def as_concepts(words: Words) -> Concepts:
     """Texts as something to look at: one concept each, its first word pooled, the others patches."""
     others = words.mask[:, 1:]
     row = torch.arange(len(others), device=others.device)
     return Concepts(words.padded()[:, 1:], words.first, row, others, (1, others.shape[1]))
-
-
-def _reads_patches(name: str) -> bool:
-    return name.startswith(("cross_attention.key.", "cross_attention.value."))
-
-
-def _copy(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    for theirs, ours in pairs:
-        ours.load_state_dict(theirs.state_dict())

@@ -1,13 +1,17 @@
 """Where a model's weights come from before training: a folder of ours, or a trunk and a BERT, or nothing."""
 
 import json
+import logging
 
 import torch
 
 from xvlm import hub
 from xvlm.config import Configured
-from xvlm.models import convert
-from xvlm.models.xvlm import XVLM, XVLMConfig, load_strictly
+from xvlm.models import convert, resize
+from xvlm.models.vision import VisionConfig
+from xvlm.models.xvlm import XVLM, XVLMConfig, load_strictly, part_of
+
+logger = logging.getLogger(__name__)
 
 # What transformers calls those that are built as BERT is; MiniLM and other sentence encoders are among them.
 BERTS = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -18,7 +22,9 @@ class InitConfig(Configured):
 
     # A whole model: a folder of ours or a hub name. What it has and the configuration does not ask for is left out;
     # heads that it lacks start fresh, and a second look starts as a copy of the first (X-VLM's ``load_pretrained``).
+    # Where vision.image_size differs, windows may too, and position tables are resized.
     model: str | None = None
+    fresh: tuple[str, ...] = ()  # parts that init.model lacks though its configuration has them: towers alone
     vision: str | None = None  # the trunk's weights: a file, with timm's names or with the same tensors in order
     # A BERT-family folder: its first `text_layers` layers read, its last `cross_layers` fuse. Layers may do both, from
     # the same weights at the start: a sentence encoder such as MiniLM says what it means in its last layers only.
@@ -38,7 +44,9 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
     if init.model is not None:
         if init.vision is not None or init.text is not None:
             raise ValueError("init.model is a whole model; init.vision and init.text are for one that is put together")
-        return _for_task(config, XVLM.from_pretrained(init.model), init.model)
+        return _for_task(config, init.model, init.fresh)
+    if init.fresh:
+        raise ValueError("init.fresh names parts that init.model lacks, and there is no init.model")
     model = XVLM(config)
     loaded: dict[str, torch.Tensor] = {}
     if init.vision is not None:
@@ -57,11 +65,12 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
     return model, [name for name, _ in model.named_parameters() if name not in loaded] if loaded else []
 
 
-def _for_task(config: XVLMConfig, pretrained: XVLM, name: str) -> tuple[XVLM, list[str]]:
+def _for_task(config: XVLMConfig, name: str, fresh: tuple[str, ...]) -> tuple[XVLM, list[str]]:
+    pretrained = XVLM.from_pretrained(name, fresh=fresh)
     theirs = pretrained.config
     looks = config.text.looks if theirs.text.looks == 1 else theirs.text.looks
-    text = theirs.text.model_copy(update={"looks": looks})
-    reshaped = theirs.model_copy(update={"text": text, "heads": config.heads})
+    text, vision = theirs.text.model_copy(update={"looks": looks}), _at_size_of(config.vision, theirs.vision)
+    reshaped = theirs.model_copy(update={"vision": vision, "text": text, "heads": config.heads})
     if reshaped != config:
         raise ValueError(f"init.model {name}: its configuration differs from model: {_difference(reshaped, config)}")
     state = pretrained.state_dict()
@@ -69,8 +78,21 @@ def _for_task(config: XVLMConfig, pretrained: XVLM, name: str) -> tuple[XVLM, li
         state = convert.for_looks(state, looks)
     model = XVLM(config)
     target = model.state_dict()
+    if vision != theirs.vision:
+        state, resized = resize.fit_tables(state, target, (pretrained.vision.grid, model.vision.grid))
+        sizes = ["{} x {}".format(*each.image_size) for each in (theirs.vision, vision)]
+        logger.warning("init.model %s: from %s to %s pixels, %d position tables resized", name, *sizes, len(resized))
     load_strictly(model, target | {part: tensor for part, tensor in state.items() if part in target}, name)
-    return model, [part for part, _ in model.named_parameters() if part not in state]
+    return model, [part for part, _ in model.named_parameters() if part not in state or part_of(part) in fresh]
+
+
+def _at_size_of(wanted: VisionConfig, known: VisionConfig) -> VisionConfig:
+    """The ``known`` trunk with the image size that is ``wanted`` and, if it is another one, the windows for it."""
+    if wanted.image_size == known.image_size:
+        return known
+    options = {key: value for key, value in known.options.items() if key != "window_size"}
+    options |= {key: value for key, value in wanted.options.items() if key == "window_size"}
+    return known.model_copy(update={"image_size": wanted.image_size, "options": options})
 
 
 def _text_weights(model: XVLM, name: str) -> dict[str, torch.Tensor]:

@@ -6,6 +6,8 @@ Neither may be replaced by the other or by timm's own resize, which is linear wi
 results differ by as much as the table's own values.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,28 +15,42 @@ from jaxtyping import Float
 from torch import Tensor
 
 State = dict[str, Tensor]
+Grid = tuple[int, int]  # rows and columns of patches
 
 
-def fit_tables(state: State, target: State) -> tuple[State, list[str]]:
+def fit_tables(state: State, target: State, grids: tuple[Grid, Grid] | None = None) -> tuple[State, list[str]]:
     """Resize the position tables of a state dict to the shapes of another; every other tensor is passed on as it is.
 
     Args:
-        state: with timm's names for the tables, ``…relative_position_bias_table`` and ``…pos_embed``.
+        state: with timm's names for the tables, ``…relative_position_bias_table`` and ``…pos_embed``, and ours for
+            those added behind a trunk, ``vision.positions``.
         target: tensors of the wanted shapes; those on the meta device will do.
+        grids: of the patches before and after, which absolute positions are of; if not given, squares behind one class
+            token, which is what official files have.
 
     Returns:
         The state dict, and the names of the tables that changed.
+
+    Raises:
+        ValueError: a table that is not one of its grid or of a square window, by name.
     """
     fitted, resized = dict(state), []
+    # A grid may turn and its table keep its shape; one of the same shape for more patches or fewer is of no grid.
+    turned = grids is not None and grids[0] != grids[1] and math.prod(grids[0]) == math.prod(grids[1])
     for name, table in state.items():
-        if name not in target or table.shape == target[name].shape:
+        if name not in target:
             continue
-        if name.endswith("relative_position_bias_table"):
-            fitted[name] = relative_positions(table, _offsets_side(len(target[name])) // 2 + 1)
-        elif name.endswith("pos_embed"):
-            fitted[name] = absolute_positions(table, _side(target[name].shape[1] - 1))
-        else:
-            continue
+        same = table.shape == target[name].shape
+        try:
+            if name.endswith("relative_position_bias_table") and not same:
+                fitted[name] = relative_positions(table, _offsets_side(len(target[name])) // 2 + 1)
+            elif name.endswith(("pos_embed", "vision.positions")) and (turned or not same):
+                known, wanted = grids or (_square(table), _square(target[name]))
+                fitted[name] = absolute_positions(table, known, wanted)
+            else:
+                continue
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         resized.append(name)
     return fitted, resized
 
@@ -80,19 +96,24 @@ def geometric_nodes(known: int, wanted: int) -> Float[Tensor, "node"]:
     return torch.tensor([*(-x for x in reversed(right)), 0.0, *right], dtype=torch.float64)
 
 
-def absolute_positions(table: Float[Tensor, "1 token dim"], side: int) -> Float[Tensor, "1 new_token dim"]:
-    """Positions of one class token and a square grid of patches, the grid resized to ``side`` x ``side``.
+def absolute_positions(
+    table: Float[Tensor, "*one token dim"], known: Grid, wanted: Grid
+) -> Float[Tensor, "*one new_token dim"]:
+    """Positions of a grid of patches, resized from ``known`` to ``wanted``; those of tokens before them stay.
 
     Raises:
-        ValueError: the patches are not a square.
+        ValueError: the table has fewer positions than the grid.
     """
-    first, patches = table[:, :1], table[:, 1:]
-    known = _side(patches.shape[1])
-    if known == side:
+    if known == wanted:
         return table.clone()
-    grid = rearrange(patches, "one (row column) dim -> one dim row column", row=known)
-    grid = F.interpolate(grid.float(), size=(side, side), mode="bicubic", align_corners=False).to(table.dtype)
-    return torch.cat([first, rearrange(grid, "one dim row column -> one (row column) dim")], 1)
+    before = table.shape[-2] - known[0] * known[1]
+    if before < 0 or table.shape[:-2].numel() != 1:
+        raise ValueError(f"a table of shape {tuple(table.shape)} holds no positions of {known[0]} x {known[1]} patches")
+    first, patches = table[..., :before, :], table[..., before:, :]
+    grid = rearrange(patches.reshape(-1, table.shape[-1]), "(row column) dim -> 1 dim row column", row=known[0])
+    grid = F.interpolate(grid.float(), size=wanted, mode="bicubic", align_corners=False).to(table.dtype)
+    resized = rearrange(grid, "1 dim row column -> (row column) dim")
+    return torch.cat([first, resized.view(*table.shape[:-2], *resized.shape)], -2)
 
 
 def _spline_matrix(nodes: Float[Tensor, "node"], at: Float[Tensor, "point"]) -> Float[Tensor, "point node"]:
@@ -128,8 +149,9 @@ def _offsets_side(offsets: int) -> int:
     return side
 
 
-def _side(patches: int) -> int:
+def _square(table: Tensor) -> Grid:
+    patches = table.shape[-2] - 1
     side = round(patches**0.5)
     if side**2 != patches:
         raise ValueError(f"positions of {patches} patches are not those of a square grid and one class token")
-    return side
+    return side, side

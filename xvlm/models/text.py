@@ -111,6 +111,13 @@ class Keys(NamedTuple):
 
 
 class CrossAttention(Attention):
+    map: Tensor | None = None
+
+    def take_map(self) -> Float[Tensor, "token head key"]:
+        """The probabilities that a call with ``keep_map`` kept, once; they hold a graph, so they should not stay."""
+        kept, self.map = self.map, None
+        return kept
+
     def project(self, concepts: Concepts) -> Keys:
         """Done once per layer, whoever looks."""
         pooled_k, pooled_v = (f(concepts.pooled) for f in (self.key, self.value))
@@ -122,7 +129,8 @@ class CrossAttention(Attention):
     ) -> Float[Tensor, "token dim"]:
         """Tokens attend to ``[pooled, visible patches]`` of their concept.
 
-        After a call with ``keep_map`` the probabilities, (token, head, 1 + patch) with gradient, are in ``self.map``.
+        After a call with ``keep_map`` the probabilities, (token, head, 1 + patch) with gradient, wait for
+        :meth:`take_map`.
         """
         q = self.query(x)
         pooled_k, pooled_v = (each.index_select(0, view.concept) for each in (keys.pooled_k, keys.pooled_v))
@@ -133,6 +141,8 @@ class CrossAttention(Attention):
         probability = self.probabilities(scores, visible[:, None])
         if keep_map:
             self.map = view.packing.pack(rearrange(probability, "row head slot key -> row slot head key"))
+            if torch.is_grad_enabled() and not self.map.requires_grad:  # all below it is frozen
+                self.map.requires_grad_()
             probability = view.packing.pad(self.map)
             probability = rearrange(probability, "row slot head key -> row head slot key")
         mixed = view.packing.pack(
@@ -180,13 +190,21 @@ class TextEncoder(nn.Module):
         """What enters the first layer for the ``wanted`` words: word, position and token type.
 
         Raises:
-            ValueError: texts longer than the position table.
+            ValueError: texts longer than the position table; on the CPU, a word that is not in the vocabulary.
         """
         longest, longest_possible = texts.mask.shape[1], self.positions.num_embeddings - self.position_offset
         if longest > longest_possible:
             raise ValueError(f"texts of {longest} tokens, but the model has {longest_possible} positions")
         position = wanted.nonzero()[:, 1] + self.position_offset
-        x = self.norm(self.words(texts.ids[wanted]) + self.positions(position) + self.types.weight[0])
+        ids = texts.ids[wanted]
+        try:
+            words = self.words(ids)
+        except IndexError:
+            raise ValueError(
+                f"word {int(ids.max())} of a model with {self.words.num_embeddings} words: "
+                "the tokenizer and the model do not belong together"
+            ) from None
+        x = self.norm(words + self.positions(position) + self.types.weight[0])
         return F.dropout(x, self.dropout, self.training)
 
     def forward(self, texts: Texts) -> Words:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import timm
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xvlm import boxes
 from xvlm.config import Configured
-from xvlm.models.packing import Page
+from xvlm.models.packing import Packing, Page
 from xvlm.types import Concepts, Regions
 
 
@@ -139,22 +140,37 @@ class VisionEncoder(nn.Module):
         patches, whole = self._tokens(features)
         row = torch.arange(len(images), device=images.device)
         everything = torch.ones(patches.shape[:2], dtype=torch.bool, device=images.device)
+        seen = Concepts(patches, whole, row, everything, self.grid)
         if regions is None:
-            return Concepts(patches, whole, row, everything, self.grid)
-        mask = boxes.patch_mask(regions.boxes_xywh, self.grid, self.config.image_size)
-        mask = mask | regions.whole[:, None]
-        pooled, region_row = whole[regions.image], regions.image
+            return seen
         if not local:
-            pooled = torch.where(regions.whole[:, None], pooled, self._mean_in_box(patches, regions, mask))
-        elif len(part := (~regions.whole).nonzero()[:, 0]):  # the others are the image, which has been encoded
+            return self.with_regions(seen, regions)
+        mask = self._patches_of(regions)
+        pooled, region_row = whole[regions.image], regions.image
+        if len(part := (~regions.whole).nonzero()[:, 0]):  # the others are the image, which has been encoded
             own_patches, own_pooled = self._tokens(self._encode_alone(shared, regions.image[part], mask[part]))
             pooled = pooled.index_copy(0, part, own_pooled)
             own_row = len(images) + torch.arange(len(part), device=images.device)
             region_row = region_row.index_copy(0, part, own_row)
-            patches = torch.cat([patches, own_patches])
-        return Concepts(
-            patches, torch.cat([whole, pooled]), torch.cat([row, region_row]), torch.cat([everything, mask]), self.grid
-        )
+            seen = replace(seen, patches=torch.cat([patches, own_patches]))
+        return _followed_by(seen, pooled, region_row, mask)
+
+    def with_regions(self, images: Concepts, regions: Regions) -> Concepts:
+        """Encoded images with regions of them behind, pooled from their patches: no image is encoded again.
+
+        Raises:
+            ValueError: the model has ``local_layers``, whose regions are made from what enters these.
+        """
+        if self.config.local_layers:
+            raise ValueError("vision.local_layers re-encode regions, so they cannot be pooled from encoded images")
+        mask = self._patches_of(regions)
+        inside = self._mean_in_box(images.patches, regions, mask)
+        pooled = torch.where(regions.whole[:, None], images.pooled[regions.image], inside)
+        return _followed_by(images, pooled, images.row[regions.image], mask)
+
+    def _patches_of(self, regions: Regions) -> Bool[Tensor, "region patch"]:
+        mask = boxes.patch_mask(regions.boxes_xywh, self.grid, self.config.image_size)
+        return mask | regions.whole[:, None]
 
     def _tokens(self, features: Tensor) -> tuple[Float[Tensor, "row patch dim"], Float[Tensor, "row dim"]]:
         """What the trunk returns -> patch tokens in reading order, and the pooled token."""
@@ -216,12 +232,31 @@ class VisionEncoder(nn.Module):
         return alone.new_zeros(*seen.shape, alone.shape[-1]).index_put((region, slot), alone)
 
 
+def _followed_by(seen: Concepts, pooled: Tensor, row: Tensor, mask: Tensor) -> Concepts:
+    return replace(
+        seen,
+        pooled=torch.cat([seen.pooled, pooled]),
+        row=torch.cat([seen.row, row]),
+        mask=torch.cat([seen.mask, mask]),
+    )
+
+
 def _pool(
     weight: Float[Tensor, "region patch"], patches: Float[Tensor, "image patch dim"], image: Int[Tensor, "region"]
 ) -> Float[Tensor, "region dim"]:
-    if len(patches) == 1:  # thousands of boxes of one image: its patches are not copied for each of them
-        return weight @ patches[0]
-    return torch.einsum("rp,rpd->rd", weight, patches[image])
+    """Weighted sums of each region's patches, which are not copied for each of an image's thousands of regions."""
+    by_image = Packing.by(image, len(patches))
+    return by_image.pack(by_image.pad(weight) @ patches)
+
+
+def regions_in_pixels(
+    boxes_xyxy: Float[Tensor, "region 4"], image: Int[Tensor, "region"], size: tuple[int, int]
+) -> Regions:
+    """Boxes in pixels of images of ``size`` (height, width) as parts of these; ``image`` says of which each is one."""
+    boxes_xyxy = boxes_xyxy.double()  # float32 would move an edge over the border of a patch
+    scale = boxes_xyxy.new_tensor([size[1], size[0]] * 2)
+    whole = torch.zeros(len(image), dtype=torch.bool, device=image.device)
+    return Regions(image, boxes.xyxy_to_cxcywh(boxes_xyxy / scale), boxes.xyxy_to_xywh(boxes_xyxy), whole)
 
 
 def _create_trunk(config: VisionConfig) -> nn.Module:

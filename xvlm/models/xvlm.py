@@ -1,31 +1,29 @@
 """XVLM: three verbs (encode_image, encode_text, fuse), the projections and the pre-training heads."""
 
-import json
-import tempfile
-import warnings
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xvlm import boxes, hub
 from xvlm.config import Configured
-from xvlm.models import golden
+from xvlm.models import convert, golden, schema
 from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder
-from xvlm.models.vision import VisionConfig, VisionEncoder
+from xvlm.models.vision import VisionConfig, VisionEncoder, regions_in_pixels
 from xvlm.types import Concepts, Regions, Texts, Words
 
 # What is read off the verbs' results, by the names of the parts; a model has those its task uses.
 PretrainingHead = Literal["image_projection", "text_projection", "temperature", "itm_head", "box_head", "word_head"]
 PRETRAINING_HEADS: tuple[PretrainingHead, ...] = get_args(PretrainingHead)
-# The parts that compare images with texts, without anything that reads both.
-TOWERS = {"vision", "text", "image_projection", "text_projection", "temperature"}
-SCHEMA = 1  # of config.json; raised when a saved folder needs a named upgrade step
+Model = TypeVar("Model", bound="Pretrained")
+
+logger = logging.getLogger(__name__)
 
 
 class XVLMConfig(Configured):
@@ -38,6 +36,7 @@ class XVLMConfig(Configured):
     # What of a text is embedded: its [CLS], as X-VLM does, or the mean of its words, for encoders that were trained so
     # (MiniLM and other sentence encoders, whose [CLS] is nearly the same for every text).
     text_pooling: Literal["first", "mean"] = "first"
+    matching: Literal["mlp", "linear"] = "mlp"  # what itm_head is; ALBEF's is a single matrix
     heads: tuple[PretrainingHead | Literal["truth_head", "assignment_head"], ...] = PRETRAINING_HEADS
 
 
@@ -63,8 +62,78 @@ class WordHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(states))), vocabulary, self.bias)
 
 
-class XVLM(nn.Module):
+class Pretrained(nn.Module):
+    """A model that is kept in a folder or on the hub: weights, their shape, and what they answer to a fixed input."""
+
+    Config: ClassVar[type[Configured]]
+    config: Any  # a Config
+
+    def answers(
+        self, images: Float[Tensor, "image 3 height width"], regions: Regions, texts: Texts
+    ) -> dict[str, Tensor]:
+        """What :mod:`xvlm.models.golden` keeps, by name: every part of the model is to be heard in it."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json``, ``model.safetensors`` and ``golden.safetensors``; ``dtype`` float16 halves the size.
+
+        The last file holds what the written weights, read back, answer to a fixed input: see :mod:`xvlm.models.golden`.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        schema.write(self.config, type(self).__name__, folder)
+        state = {name: _as(dtype, tensor) for name, tensor in self.state_dict().items()}
+        with hub.replacing(folder / "model.safetensors") as unfinished:
+            save_file(state, unfinished, metadata={"format": "pt"})
+        with torch.random.fork_rng(devices=[]):  # building a model draws numbers; saving one should not be noticed
+            golden.write(type(self).from_pretrained(folder), folder)
+
+    def push_to_hub(self, name: str, *, private: bool = False) -> str:
+        """Save to the repository ``org/name`` of the hub, which is made where it does not exist; returns its address.
+
+        Raises:
+            OSError: the hub refused, with its reason.
+        """
+        return hub.push_saved(self.save_pretrained, name, private=private)
+
+    @classmethod
+    def from_pretrained(cls: type[Model], name: Path | str, *, fresh: Sequence[str] = ()) -> Model:
+        """Load a folder written by :meth:`save_pretrained`, by path, shipped name (``xvlm-scenes-tiny``) or hub name.
+
+        Folders of older schemas load too, see :mod:`xvlm.models.schema`. The path may also be an official checkpoint
+        file (``….th``), see :mod:`xvlm.models.checkpoints`.
+
+        Args:
+            fresh: parts (``cross``, ``itm_head``, …) that the weights lack and that start from random values, which the
+                log says; for weights that hold the towers alone.
+
+        Raises:
+            FileNotFoundError: no such folder, or a file missing in it.
+            ValueError: the folder holds another kind of model; a config field or tensor that is missing, unexpected, of
+                another shape or not finite, by name; a part that is missing and not in ``fresh``, or in ``fresh`` and
+                not missing.
+        """
+        folder = hub.locate(name)
+        if folder.is_file():
+            from xvlm.models import checkpoints  # which builds on this module
+
+            if fresh:
+                raise ValueError(f"{folder}: an official file is loaded whole; fresh is for folders")
+            model = checkpoints.load(folder)
+            if not isinstance(model, cls):
+                raise ValueError(schema.another(folder, type(model).__name__, cls.__name__))
+            return model
+        model = cls(schema.read(cls.Config, cls.__name__, folder))
+        file = folder / "model.safetensors"
+        state = convert.read_checkpoint(file)
+        load_strictly(model, state | _fresh(model, state, fresh, file), file)
+        return model.eval()
+
+
+class XVLM(Pretrained):
     """A vision-language model of images, regions and objects (X-VLM, arXiv 2111.08276)."""
+
+    Config = XVLMConfig
 
     def __init__(self, config: XVLMConfig):
         super().__init__()
@@ -78,7 +147,7 @@ class XVLM(nn.Module):
         self.image_projection = nn.Linear(self.vision.dim, config.embed_dim)
         self.text_projection = nn.Linear(config.text.dim, config.embed_dim)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
-        self.itm_head = Head(config.text.dim, 2)
+        self.itm_head = Head(config.text.dim, 2) if config.matching == "mlp" else nn.Linear(config.text.dim, 2)
         self.box_head = Head(config.text.dim, 4)
         # Built and dropped, so that the same seed gives the same weights whichever heads there are.
         for unused in set(PRETRAINING_HEADS) - set(config.heads):
@@ -118,7 +187,7 @@ class XVLM(nn.Module):
             of: which text each question is about; text ``q`` if not given.
             only: the words whose states are wanted (all if not given); the last layer is computed for them alone.
             keep_map: number of the cross layer whose attention, (token, head, 1 + patch) with gradient, is kept in
-                ``cross.layers[n].cross_attention.map``.
+                ``cross.layers[n].cross_attention`` until ``take_map()``.
         """
         return self.cross(words, concepts, about, of, only, keep_map=keep_map)
 
@@ -147,14 +216,8 @@ class XVLM(nn.Module):
         height, width = pixel_values.shape[1:]
         boxes.check_inside(boxes_xyxy, width, height)
         count, device = len(boxes_xyxy), pixel_values.device
-        scale = torch.tensor([width, height, width, height], dtype=torch.float64, device=device)
-        boxes_xyxy = boxes_xyxy.to(device).double()  # float32 would move an edge over the border of a patch
-        regions = Regions(
-            torch.zeros(count, dtype=torch.long, device=device),
-            boxes.xyxy_to_cxcywh(boxes_xyxy / scale),
-            boxes.xyxy_to_xywh(boxes_xyxy),
-            torch.zeros(count, dtype=torch.bool, device=device),
-        )
+        image = torch.zeros(count, dtype=torch.long, device=device)
+        regions = regions_in_pixels(boxes_xyxy.to(device), image, (height, width))
         concepts = self.encode_image(pixel_values[None], regions)
         return self.embed_image(concepts.take(1 + torch.arange(count, device=device)))
 
@@ -184,64 +247,25 @@ class XVLM(nn.Module):
         """Logits over the vocabulary for hidden words."""
         return self.word_head(states, self.text.words.weight)
 
-    # Folders.
-
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write ``config.json``, ``model.safetensors`` and ``golden.safetensors``; ``dtype`` float16 halves the size.
-
-        The last file holds what the written weights, read back, answer to a fixed input: see :mod:`xvlm.models.golden`.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"schema": SCHEMA, **self.config.model_dump(mode="json")}
-        hub.write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        state = {name: _as(dtype, tensor) for name, tensor in self.state_dict().items()}
-        with hub.replacing(folder / "model.safetensors") as unfinished:
-            save_file(state, unfinished, metadata={"format": "pt"})
-        with torch.random.fork_rng(devices=[]):  # building a model draws numbers; saving one should not be noticed
-            golden.write(type(self).from_pretrained(folder), folder)
-
-    def push_to_hub(self, name: str, *, private: bool = False) -> str:
-        """Save to the repository ``org/name`` of the hub, which is made where it does not exist; returns its address.
-
-        Raises:
-            OSError: the hub refused, with its reason.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push(folder, name, private=private)
-
-    @classmethod
-    def from_pretrained(cls, name: Path | str) -> "XVLM":
-        """Load a folder written by :meth:`save_pretrained`, by path, shipped name (``xvlm-scenes-tiny``) or hub name.
-
-        The path may also be an official checkpoint file (``….th``), see :mod:`xvlm.models.checkpoints`. A folder whose
-        weights are those of the towers alone loads too, with a warning that says which parts start fresh.
-
-        Raises:
-            FileNotFoundError: no such folder, or a file missing in it.
-            ValueError: a config field or tensor that is missing, unexpected, of another shape or not finite, by name.
-        """
-        folder = hub.locate(name)
-        if folder.is_file():
-            from xvlm.models import checkpoints  # which builds on this module
-
-            return checkpoints.load(folder)
-        config = json.loads((folder / "config.json").read_text())
-        schema = config.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"{folder / 'config.json'}: schema {schema!r}, this version reads {SCHEMA}")
-        model = cls(XVLMConfig.model_validate(config))
-        file = folder / "model.safetensors"
-        try:
-            state = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not readable as safetensors: {error}") from None
-        if fresh := _fresh_parts(model, state):
-            warnings.warn(f"{file} holds towers alone; these start fresh: {', '.join(fresh)}", stacklevel=2)
-            state |= {name: tensor for name, tensor in model.state_dict().items() if _part(name) in fresh}
-        load_strictly(model, state, file)
-        return model.eval()
+    def answers(
+        self, images: Float[Tensor, "image 3 height width"], regions: Regions, texts: Texts
+    ) -> dict[str, Tensor]:
+        """Fused states; and by the heads there are, unit vectors of images, regions and texts, logits and boxes."""
+        concepts, words = self.encode_image(images, regions), self.encode_text(texts)
+        # Questions: both texts about the whole image, and about a box each; a second look is at the next concept.
+        about = (torch.tensor([0, 0, 1, 2])[:, None] + torch.arange(self.config.text.looks)) % 3
+        fused = self.fuse(words, concepts, about, torch.tensor([0, 1, 0, 1]))
+        found = {"fused": fused.first}
+        readings = {
+            "image_projection": ("image_embedding", lambda: self.embed_image(concepts)),
+            "text_projection": ("text_embedding", lambda: self.embed_text(words)),
+            "itm_head": ("matching", lambda: self.match(fused)),
+            "box_head": ("boxes_cxcywh", lambda: self.locate(fused)),
+            "word_head": ("words", lambda: golden.sample(self.guess_words(fused.first))),
+            "truth_head": ("truth", lambda: self.judge(fused)),
+            "assignment_head": ("assignment", lambda: self.assign(fused)),
+        }
+        return found | {name: read() for head, (name, read) in readings.items() if head in self.config.heads}
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], origin: object) -> None:
@@ -268,16 +292,24 @@ def misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     return sorted(wrong)
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
+    """``cross`` of ``cross.layers.0.norm.bias``."""
     return name.partition(".")[0]
 
 
-def _fresh_parts(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """The parts that a state dict of towers alone leaves out; none for any other, where what is missing is an error."""
-    parts = {_part(name) for name in state}
-    if not {"vision", "text"} & parts or parts - TOWERS:
-        return []
-    return sorted({_part(name) for name in model.state_dict()} - parts)
+def _fresh(model: nn.Module, state: dict[str, Tensor], fresh: Sequence[str], file: Path) -> dict[str, Tensor]:
+    """The model's own values for the parts in ``fresh``, which must be all that a state dict holds nothing of."""
+    own = model.state_dict()
+    absent = {part_of(name) for name in own} - {part_of(name) for name in state}
+    if unnamed := sorted(absent - set(fresh)):
+        others = misfits({name: tensor for name, tensor in own.items() if part_of(name) not in absent}, state)
+        hint = f"fresh={sorted(absent)} would start what is missing from random values"
+        raise ValueError(f"{file}: " + "; ".join([f"missing all of {', '.join(unnamed)}", *others, hint]))
+    if needless := sorted(set(fresh) - absent):
+        raise ValueError(f"{file}: {', '.join(needless)} in fresh, but only parts that the weights lack can be")
+    if absent:
+        logger.warning("%s: these start from random values: %s", file, ", ".join(sorted(absent)))
+    return {name: tensor for name, tensor in own.items() if part_of(name) in absent}
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Multi-grained pre-training: contrast, match, guess hidden words and draw boxes, for captions and for regions."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from xvlm import distributed, losses
@@ -29,6 +30,10 @@ class PretrainingConfig(Configured):
     # pairs with the same words, because region labels repeat ("window") and a second window is no wrong answer, and
     # pairs about the same box of the same image, whose texts fit it both.
     targets: Literal["diagonal", "known"] = "diagonal"
+    contrast: Literal["softmax", "sigmoid"] = "softmax"  # X-VLM's, or SigLIP's
+    # Wrong partners for the matching loss are drawn among the texts of so many neighbouring images, on any number of
+    # processes and turns; null: among all texts of a process (X-VLM) or turn.
+    negatives_among: Annotated[int, Field(ge=1)] | None = None
 
 
 class Task(nn.Module):
@@ -38,6 +43,8 @@ class Task(nn.Module):
         super().__init__()
         self.config = config
         self.model = model
+        if config.contrast == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
         """Losses by name, ``<stream>/<loss>``, already weighted; their sum is what is minimised."""
@@ -63,13 +70,15 @@ class Task(nn.Module):
             same = torch.stack([same_texts(batch.texts), same_places(batch.regions)], 1)
         named: dict[str, Tensor] = {}
         if weights.itc:
-            named["itc"] = weights.itc * losses.contrastive(image, text, model.temperature, same)
+            named["itc"] = weights.itc * self.contrast(image, text, same)
 
         # Every question to the images is one row of one `fuse`: which text, which concept, which words are wanted.
         asked = _Questions(words)
         if weights.itm:
             forbidden = None if same is None else losses.matches(same)
-            texts, wrong_image, images, wrong_text = losses.hard_negatives(image, text, model.temperature, forbidden)
+            groups = None if self.config.negatives_among is None else self.groups(batch)
+            negatives = losses.hard_negatives(image, text, model.temperature, forbidden, groups)
+            texts, wrong_image, images, wrong_text = negatives
             match = asked.add(torch.cat([pair, texts, wrong_text]), part[torch.cat([pair, wrong_image, images])])
         if masked is not None:
             guess = asked.add(len(pair) + pair, part, masked.hidden)
@@ -89,6 +98,17 @@ class Task(nn.Module):
             l1, giou = losses.box_l1_giou(predicted, batch.regions.boxes_cxcywh[boxed])
             named |= {"box_l1": weights.box_l1 * l1, "box_giou": weights.box_giou * giou}
         return named
+
+    def contrast(self, image: Tensor, text: Tensor, same: Tensor | None) -> Float[Tensor, ""]:
+        if self.config.contrast == "sigmoid":
+            return losses.sigmoid_contrastive(image, text, self.model.temperature, self.bias, same)
+        return losses.contrastive(image, text, self.model.temperature, same)
+
+    def groups(self, batch: Batch) -> Int[Tensor, "text"]:
+        """Which of the run's groups of ``negatives_among`` images each text belongs to."""
+        if batch.places is None:
+            raise ValueError("task.negatives_among needs batches whose images have places in the run")
+        return (batch.places // self.config.negatives_among)[batch.regions.image]
 
     @property
     def device(self) -> torch.device:

@@ -7,31 +7,28 @@ Files as published (Plummer et al. 2015, https://github.com/BryanPlummer/flickr3
     folder/annotations.zip            or unpacked:
     folder/Annotations/ID.xml         boxes of entity chains, in pixels of the original photograph
     folder/Sentences/ID.txt           captions: [/EN#283585/people A young child] is playing .
+
+Boxes are ``xmin ymin xmax ymax`` in pixels counted from 1, the last ones inside.
 """
 
-import logging
 import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
 
-from PIL import Image, UnidentifiedImageError
-
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, around, inside, record
 from xvlm.data.records import Box, Phrase, Record, Region
 
 SOURCE = "flickr30k_entities"
 LICENCE = "Flickr terms: non-commercial research and education only"
 NOT_VISUAL = "0"  # the one chain id that phrases of different things share
 
-logger = logging.getLogger(__name__)
-
 _SPAN = re.compile(r"\[/EN#(?P<chain>\d+)(?:/[^\s/\[\]]+)+ (?P<text>[^\[\]]+)\]")
 
 
-def read(folder: Path, split: str, *, allow_missing: bool = False) -> Iterator[tuple[Record, bytes]]:
+def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of the list ``{split}.txt``.
 
     A record has the captions without markup, one phrase per marked span (no boxes: nothing was drawn for it) and one
@@ -43,30 +40,19 @@ def read(folder: Path, split: str, *, allow_missing: bool = False) -> Iterator[t
     Args:
         folder: see the module's docstring for the files in it.
         split: train, val or test.
-        allow_missing: leave photographs out that are listed but absent, and log how many.
+        allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
         FileNotFoundError: no list, no photographs, no annotations, or a listed one is absent.
         ValueError: a file that does not follow the format; names the file, and the line or object in it.
     """
     names = _listed(folder, split)
-    if not (folder / "images").is_dir():
-        raise FileNotFoundError(f"{folder / 'images'}: no such folder; it should hold the photographs, ID.jpg")
-    annotations = _annotations(folder)
-    missing = []
-    for name in names:
-        photograph = folder / "images" / f"{name}.jpg"
-        if photograph.exists():
-            image = photograph.read_bytes()
-            yield _record(name, split, _size(photograph, image), annotations), image
-        elif allow_missing:
-            missing.append(name)
-        else:
-            raise FileNotFoundError(
-                f"{photograph}: no such photograph, but {split}.txt lists {name} (allow_missing leaves it out)"
-            )
-    if missing:
-        logger.warning("%s: %d of %d photographs are absent: %s …", folder, len(missing), len(names), missing[0])
+    with Photographs(folder, "images", allow_missing=allow_missing) as images:
+        annotations = _annotations(folder)
+        for name in names:
+            found = images.find(f"{split}.txt lists {name}", f"{name}.jpg")
+            if found is not None:
+                yield _record(name, split, found, annotations), found.image
 
 
 def _listed(folder: Path, split: str) -> list[str]:
@@ -93,9 +79,9 @@ def _annotations(folder: Path) -> Path | zipfile.Path:
         raise ValueError(f"{archive}: not a zip archive: {error}") from None
 
 
-def _text(annotations: Path | zipfile.Path, inside: str) -> tuple[str, str]:
+def _text(annotations: Path | zipfile.Path, member: str) -> tuple[str, str]:
     """Where a file of annotations is, for messages, and what it says."""
-    path = annotations / inside
+    path = annotations / member
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, but the photograph is listed")
     try:
@@ -104,16 +90,9 @@ def _text(annotations: Path | zipfile.Path, inside: str) -> tuple[str, str]:
         raise ValueError(f"{path}: not UTF-8: {error}") from None
 
 
-def _size(photograph: Path, image: bytes) -> tuple[int, int]:
-    try:
-        return Image.open(BytesIO(image)).size
-    except UnidentifiedImageError:
-        raise ValueError(f"{photograph}: not an image") from None
-
-
-def _record(name: str, split: str, size: tuple[int, int], annotations: Path | zipfile.Path) -> Record:
+def _record(name: str, split: str, found: Found, annotations: Path | zipfile.Path) -> Record:
     number = name.partition("_")[0]
-    boxes = _chains(*_text(annotations, f"Annotations/{number}.xml"), size)
+    boxes = _chains(*_text(annotations, f"Annotations/{number}.xml"), (found.width, found.height))
     captions = _captions(*_text(annotations, f"Sentences/{number}.txt"))
     descriptions: dict[str, dict[str, str]] = {}  # chain -> lower case -> as first written
     phrases = []
@@ -123,21 +102,22 @@ def _record(name: str, split: str, size: tuple[int, int], annotations: Path | zi
             text = caption.text[start:end]
             descriptions.setdefault(chain, {}).setdefault(text.lower(), text)
     regions = [
-        Region(box_xyxy=_around(boxes[chain]), descriptions=list(texts.values()))
+        Region(box_xyxy=around(boxes[chain]), descriptions=list(texts.values()))
         for chain, texts in descriptions.items()
         if boxes.get(chain) and chain != NOT_VISUAL
     ]
-    return Record(
+    return record(
+        f"{annotations}: photograph {name}",
+        found,
         id=name,
         source=SOURCE,
         split=split,
-        width=size[0],
-        height=size[1],
         captions=[caption.text for caption in captions],
         regions=regions,
         phrases=phrases,
         licence=LICENCE,
         credit=f"Flickr photograph {number}",
+        same_as={"flickr": number},
     )
 
 
@@ -190,11 +170,11 @@ def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]
         for drawn in thing.iter("bndbox"):
             edges = ("xmin", "ymin", "xmax", "ymax")
             xmin, ymin, xmax, ymax = _numbers(f"{where} object {i} bndbox", drawn, edges)
-            left, right = (min(max(x * scale[0], 0.0), float(size[0])) for x in (xmin - 1, xmax))
-            top, bottom = (min(max(y * scale[1], 0.0), float(size[1])) for y in (ymin - 1, ymax))
-            if left < right and top < bottom:
+            scaled = ((xmin - 1) * scale[0], (ymin - 1) * scale[1], xmax * scale[0], ymax * scale[1])
+            box = inside(scaled, *size)
+            if box is not None:
                 for name in names:
-                    chains.setdefault(name, []).append((left, top, right, bottom))
+                    chains.setdefault(name, []).append(box)
     return chains
 
 
@@ -206,9 +186,3 @@ def _numbers(where: str, parent: ElementTree.Element | None, tags: tuple[str, ..
             raise ValueError(f"{where}: expected a number in <{tag}>, found {found!r}")
         numbers.append(float(found))
     return numbers
-
-
-def _around(boxes: list[Box]) -> Box:
-    """The smallest box around all of them: the data set's "merged box"."""
-    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
-    return min(lefts), min(tops), max(rights), max(bottoms)

@@ -8,29 +8,22 @@ matrix product take turns, and every time is a median over the repeats.
 
 import dataclasses
 import statistics
-import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from xvlm import losses
+from xvlm.bench import measure
+from xvlm.bench.naive import naive_losses
 from xvlm.boxes import xyxy_to_cxcywh, xyxy_to_xywh
-from xvlm.models.text import Attention, Layer, TextConfig, TextEncoder
+from xvlm.models.text import TextConfig
 from xvlm.models.vision import VisionConfig
 from xvlm.models.xvlm import XVLM, XVLMConfig
 from xvlm.optim import OptimConfig, make_optimizer
-from xvlm.types import Batch, Concepts, Masked, Regions, Texts, Words
+from xvlm.types import Batch, Masked, Regions, Texts
 
 Losses = Callable[[Batch], dict[str, Tensor]]
 
@@ -52,18 +45,6 @@ SIZES = {
         text=TextConfig(dim=384, heads=6, feed_forward=1536),
     ),
     "base": XVLMConfig(),  # X-VLM's: Swin-B and BERT-base
-}
-
-# Dense bfloat16 TFLOP/s of the makers' data sheets; the words are looked for in the device's name, in this order.
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10": 125.0,
-    "4090": 165.0,
 }
 
 
@@ -176,17 +157,19 @@ def bench_step(
     """Measure a pre-training step of a model of a named size with fresh weights, on noise.
 
     Args:
-        make_losses: from the model to its losses of a batch: the packed way, compared with :func:`naive_losses`.
+        make_losses: from the model to its losses of a batch: the packed way, compared with
+            :func:`xvlm.bench.naive.naive_losses`.
         texts_per_image: the first is about the whole image, the others about regions.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``fp32``, or ``bf16`` (autocast).
         clock: ``wall``; ``cpu`` counts this process's processor time, for a CPU that does other work; one thread only.
-        peak_tflops: the device's peak, for MFU; from :data:`PEAK_TFLOPS` if not given (bf16 on a known GPU).
+        peak_tflops: the device's peak, for MFU; from :data:`xvlm.bench.measure.PEAK_TFLOPS` if not given (bf16 on a
+            known GPU).
 
     Raises:
         ValueError: unknown size, device, precision or clock; fewer than two texts; several threads by the cpu clock.
     """
-    place = _check(size, device, precision, clock, images * texts_per_image)
+    place = check(size, device, precision, clock, images * texts_per_image)
     torch.manual_seed(0)
     config = SIZES[size]
     model = XVLM(config).to(place)
@@ -197,10 +180,10 @@ def bench_step(
 
     model.eval()
     with torch.no_grad():
-        image_flops = _flops(lambda: model.encode_image(batch.images, batch.regions))
-    counted = {name: _count(model, way, batch) for name, way in ways.items()}
+        image_flops = measure.flops(lambda: model.encode_image(batch.images, batch.regions))
+    counted, loss_difference, gradient_difference = _compare(model, ways, batch)
     model.train()
-    seconds = _clock(place, clock)
+    seconds = measure.stopwatch(place, clock)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def step(way: Losses) -> tuple[float, float, float]:
@@ -218,11 +201,11 @@ def bench_step(
         return times[1] - times[0], times[2] - times[0], times[3] - times[0]
 
     # These first steps also warm up: the optimizer's state appears in them, and kernels are chosen.
-    product = _product(place, dtype)
+    product = measure.large_product(place, dtype)
     product()
     for way in ways.values():
         step(way)
-    memory = {name: _peak_bytes(place, lambda way=way: step(way)) for name, way in ways.items()}
+    memory = {name: measure.peak_bytes(place, lambda way=way: step(way)) for name, way in ways.items()}
     taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
     rates = []
     for _ in range(repeats):
@@ -234,30 +217,54 @@ def bench_step(
     measured = {}
     for name in ways:
         forward, forward_backward, full = (statistics.median(column) for column in zip(*taken[name], strict=True))
-        measured[name] = Step(
-            forward, forward_backward, full, images / full, memory[name], counted[name].forward, counted[name].both
-        )
-    naive, packed = counted["naive"], counted["packed"]
+        measured[name] = Step(forward, forward_backward, full, images / full, memory[name], *counted[name])
     if peak_tflops is None and precision == "bf16":
-        peak_tflops = known_peak(_device_name(place))
+        peak_tflops = measure.known_peak(measure.device_name(place))
     return Result(
         size=size,
         parameters=sum(p.numel() for p in model.parameters()),
         images=images,
         texts=images * texts_per_image,
-        device=_device_name(place),
+        device=measure.device_name(place),
         threads=torch.get_num_threads(),
         precision=precision,
         clock=clock,
         repeats=repeats,
-        naive=measured["naive"],
-        packed=measured["packed"],
+        **measured,
         image_flops=image_flops,
-        loss_difference=max(abs(naive.losses[name] - packed.losses[name]) for name in naive.losses | packed.losses),
-        gradient_difference=float((naive.gradient - packed.gradient).norm() / naive.gradient.norm()),
+        loss_difference=loss_difference,
+        gradient_difference=gradient_difference,
         matmul_rate=statistics.median(rates),
         peak_rate=None if peak_tflops is None else peak_tflops * 1e12,
     )
+
+
+class _Counted(NamedTuple):
+    flops: tuple[int, int]  # forward; forward and backward
+    losses: dict[str, float]
+    gradient: Float[Tensor, "number"]
+
+
+def _count(model: nn.Module, way: Losses, batch: Batch) -> _Counted:
+    """FLOPs, losses and gradients in float32 and without dropout (the model is in ``eval`` mode)."""
+    torch.manual_seed(0)
+    named: dict[str, Tensor] = {}
+    forward = measure.flops(lambda: named.update(way(batch)))
+    backward = measure.flops(lambda: sum(named.values()).backward())
+    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    model.zero_grad()
+    return _Counted((forward, forward + backward), {name: loss.item() for name, loss in named.items()}, gradient)
+
+
+def _compare(
+    model: nn.Module, ways: dict[str, Losses], batch: Batch
+) -> tuple[dict[str, tuple[int, int]], float, float]:
+    """FLOPs of each way, the largest difference of their losses, and the relative one of their gradients."""
+    counted = {name: _count(model, way, batch) for name, way in ways.items()}
+    naive, packed = counted["naive"], counted["packed"]
+    of_losses = max(abs(naive.losses[name] - packed.losses[name]) for name in naive.losses | packed.losses)
+    of_gradients = float((naive.gradient - packed.gradient).norm() / naive.gradient.norm())
+    return {name: each.flops for name, each in counted.items()}, of_losses, of_gradients
 
 
 def make_batch(config: XVLMConfig, images: int, texts_per_image: int, generator: torch.Generator) -> Batch:
@@ -292,192 +299,7 @@ def make_batch(config: XVLMConfig, images: int, texts_per_image: int, generator:
     )
 
 
-# The naive way. It uses the modules of the model, so that weights, dropout and precision are the same.
-
-
-def naive_losses(model: XVLM, batch: Batch) -> dict[str, Tensor]:
-    """The losses of :meth:`xvlm.tasks.pretraining.Task.losses` at its defaults, computed the naive way.
-
-    Args:
-        batch: with hidden words, and texts padded to whatever length.
-    """
-    concepts = model.encode_image(batch.images, batch.regions)
-    mask, count = batch.texts.mask, len(batch.texts.ids)
-    clean = read_padded(model.text, batch.texts.ids, mask)
-    masked = read_padded(model.text, batch.masked.ids, mask)
-    part = concepts.take(len(batch.images) + torch.arange(count, device=mask.device))
-    image, text = model.embed_image(part), model.embed_text(Words(clean[mask], mask))
-    texts, wrong_image, images, wrong_text = losses.hard_negatives(image, text, model.temperature)
-    right = fuse_padded(model, clean, mask, part)
-    fused = [
-        right,
-        fuse_padded(model, clean[texts], mask[texts], part.take(wrong_image)),
-        fuse_padded(model, clean[wrong_text], mask[wrong_text], part.take(images)),
-    ]
-    match = torch.arange(sum(len(states) for states in fused), device=mask.device) < count
-    logits = torch.cat([model.match(_first(states)) for states in fused])
-    guesses = model.guess_words(fuse_padded(model, masked, mask, part).flatten(0, 1)).float()
-    words = batch.texts.ids.masked_fill(~batch.masked.hidden, -100).flatten()
-    located = model.locate(_first(fuse_padded(model, clean, mask, concepts.take(batch.regions.image))))
-    boxed = ~batch.regions.whole
-    l1, giou = losses.box_l1_giou(located[boxed], batch.regions.boxes_cxcywh[boxed])
-    return {
-        "itc": losses.contrastive(image, text, model.temperature),
-        "itm": losses.matching(logits, match.long()),
-        "mlm": F.cross_entropy(guesses, words, ignore_index=-100),
-        "box_l1": l1,
-        "box_giou": giou,
-    }
-
-
-def read_padded(
-    encoder: TextEncoder, ids: Int[Tensor, "text word"], mask: Bool[Tensor, "text word"]
-) -> Float[Tensor, "text word dim"]:
-    """What ``encode_text`` gives, computed for the padding too."""
-    position = torch.arange(ids.shape[1], device=ids.device) + encoder.position_offset
-    x = encoder.norm(encoder.words(ids) + encoder.positions(position) + encoder.types.weight[0])
-    x = F.dropout(x, encoder.dropout, encoder.training)
-    for layer in encoder.layers:
-        x = _feed_forward(layer, _attend(layer.attention, x, x, mask))
-    return x
-
-
-def fuse_padded(
-    model: XVLM, words: Float[Tensor, "text word dim"], mask: Bool[Tensor, "text word"], concepts: Concepts
-) -> Float[Tensor, "text word dim"]:
-    """What ``fuse`` gives where text ``i`` is about concept ``i``: tokens copied for each text, padding computed."""
-    tokens = torch.cat([concepts.pooled[:, None], concepts.patches[concepts.row]], 1)
-    visible = F.pad(concepts.mask, (1, 0), value=True)
-    for layer in model.cross.layers:
-        words = _attend(layer.attention, words, words, mask)
-        words = _feed_forward(layer, _attend(layer.cross_attention, words, tokens, visible))
-    return words
-
-
-def _attend(
-    attention: Attention,
-    x: Float[Tensor, "text word dim"],
-    tokens: Float[Tensor, "text token width"],
-    visible: Bool[Tensor, "text token"],
-) -> Float[Tensor, "text word dim"]:
-    q = attention.split(attention.query(x))
-    k, v = attention.split(attention.key(tokens)), attention.split(attention.value(tokens))
-    mixed = attention.probabilities(q @ k.transpose(-1, -2), visible[:, None, None]) @ v
-    mixed = rearrange(mixed, "text head word d -> (text word) (head d)")
-    return attention.finish(x.flatten(0, 1), mixed).unflatten(0, x.shape[:2])
-
-
-def _feed_forward(layer: Layer, x: Float[Tensor, "text word dim"]) -> Float[Tensor, "text word dim"]:
-    return layer.feed_forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-def _first(states: Float[Tensor, "text word dim"]) -> Words:
-    """[CLS] alone, as the heads take it."""
-    return Words(states[:, 0], torch.ones(len(states), 1, dtype=torch.bool, device=states.device))
-
-
-# Measuring.
-
-
-class _Counted(NamedTuple):
-    forward: int
-    both: int
-    losses: dict[str, float]
-    gradient: Float[Tensor, "number"]
-
-
-def _count(model: nn.Module, way: Losses, batch: Batch) -> _Counted:
-    """FLOPs, losses and gradients in float32 and without dropout (the model is in ``eval`` mode)."""
-    torch.manual_seed(0)
-    named: dict[str, Tensor] = {}
-    forward = _flops(lambda: named.update(way(batch)))
-    backward = _flops(lambda: sum(named.values()).backward())
-    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
-    model.zero_grad()
-    return _Counted(forward, forward + backward, {name: loss.detach().item() for name, loss in named.items()}, gradient)
-
-
-def _flops(work: Callable[[], Any]) -> int:
-    # Fused attention written out: not every torch knows the FLOPs of every fused kernel, and what a kernel computes
-    # twice to save memory is no work that had to be done.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        work()
-    return counter.get_total_flops()
-
-
-class _Alive(TorchDispatchMode):
-    """Bytes of the tensors made while it is active, and their peak: CPUs have no allocator that counts them."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = {_storage(tensor)._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := _storage(tensor))._cdata not in given:
-                given.add(storage._cdata)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self._gone, storage.nbytes())
-        return result
-
-    def _gone(self, count: int) -> None:
-        self.bytes -= count
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
-
-
-def _peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
-    """Most bytes that tensors take while ``work`` runs, beyond those before; on CUDA, also what kernels need inside."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _Alive() as alive:
-        work()
-    return alive.peak
-
-
-def _clock(device: torch.device, clock: str) -> Callable[[], float]:
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return time.process_time if clock == "cpu" else now
-
-
-def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], int]:
-    """A square matrix product, large enough to run at the device's rate; returns its FLOPs."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def product() -> int:
-        torch.mm(a, b, out=out)
-        return 2 * n**3
-
-    return product
-
-
-def known_peak(device: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of a device by its name, if it is in the table."""
-    words = set(device.replace("-", " ").split())
-    return next((peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= words), None)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _check(size: str, device: str, precision: str, clock: str, texts: int) -> torch.device:
+def check(size: str, device: str, precision: str, clock: str, texts: int) -> torch.device:
     for name, value, known in (
         ("size", size, tuple(SIZES)),
         ("precision", precision, ("fp32", "bf16")),

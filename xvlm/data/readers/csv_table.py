@@ -1,0 +1,153 @@
+"""Reads your own table: a CSV file with a row per text, about an image or about a box in it.
+
+::
+
+    folder/{split}.csv                 UTF-8, separated by commas, with a heading
+    folder/FILE                        as ``image`` says: from the folder, from images/ or {split}/ of it, or absolute
+
+    image,left,top,right,bottom,text
+    a.jpg,10,20,110,100,a dog that sleeps
+    a.jpg,,,,,a dog on a sofa
+
+The names of the columns decide what they are; any others are an error:
+
+- ``image``: path of the image.
+- ``left,top,right,bottom`` or ``xmin,ymin,xmax,ymax``: the box by its edges, right and bottom exclusive.
+- ``x,y,width,height``: the box by its left top corner and its size.
+- ``text``: describes the box; a caption where the row's box is empty.
+- ``label``: what is in the box, the name of its class.
+- ``attributes``: adjectives for the label, separated by ``;``.
+- ``caption``: of the image, whether the row has a box or not.
+
+Boxes are in pixels of the stored image. The folder's name becomes the records' source. The table is held in memory.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from xvlm.data.readers.photographs import (
+    AllowMissing,
+    Found,
+    Photographs,
+    Sample,
+    corners,
+    identifier,
+    known_as,
+    load_table,
+    nearly_inside,
+    part_of,
+    record,
+)
+from xvlm.data.records import Box, Object, Record, Region
+
+EDGES = (("left", "top", "right", "bottom"), ("xmin", "ymin", "xmax", "ymax"))
+CORNER_AND_SIZE = ("x", "y", "width", "height")
+TEXTS = ("text", "label", "caption")
+
+Row = dict[str, str]
+
+
+def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+    """Records and image bytes, as stored: one per image, with all that its rows say.
+
+    ``text`` with a box becomes a region, ``label`` an object, the rest captions (the same caption again is left out).
+    Boxes are cut off at the border of the image.
+
+    Args:
+        folder: see the module's docstring for the files in it.
+        split: a name that begins with train, val, dev or test.
+        allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
+
+    Raises:
+        FileNotFoundError: no table, or an image is absent.
+        ValueError: columns that are missing or unknown, a row without text, a box that is incomplete, no numbers or
+            not in the image; names the file, the line and the column.
+    """
+    part = part_of(folder, split)
+    path = folder / f"{split}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table")
+    columns, rows_of = _table(path)
+    source = folder.resolve().name
+    with Photographs(folder, ".", "images", f"images/{split}", split, allow_missing=allow_missing) as images:
+        for name, rows in rows_of.items():
+            found = images.find(f"{path.name} lists it", name)
+            if found is not None:
+                yield _record(name, rows, columns, found, {"source": source, "split": part}), found.image
+
+
+def _table(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, Row]]]]:
+    """The columns of the box (none: no boxes), and of each image the rows with what they are called in messages."""
+    heading, rows = load_table(path)
+    columns = _box_columns(path, heading)
+    rows_of: dict[str, list[tuple[str, Row]]] = {}
+    for where, row in rows:
+        if not row["image"]:
+            raise ValueError(f"{where}: image is empty")
+        rows_of.setdefault(row["image"], []).append((where, row))
+    return columns, rows_of
+
+
+def _box_columns(path: Path, heading: list[str]) -> tuple[str, ...]:
+    layouts = [layout for layout in (*EDGES, CORNER_AND_SIZE) if set(layout) <= set(heading)]
+    box = layouts[0] if len(layouts) == 1 else ()
+    unknown = set(heading) - {"image", *box, *TEXTS, "attributes"}
+    wrong = [
+        *([f"several of {name}" for name in dict.fromkeys(heading) if heading.count(name) > 1]),
+        *([f"unknown {', '.join(sorted(unknown))}"] if unknown else []),
+        *(["no image"] if "image" not in heading else []),
+        *(["no text"] if not set(TEXTS) & set(heading) else []),
+        *(["label without a box"] if "label" in heading and not box else []),
+    ]
+    if wrong:
+        boxes = " or ".join(",".join(layout) for layout in (*EDGES, CORNER_AND_SIZE))
+        raise ValueError(
+            f"{path}: columns: {'; '.join(wrong)}; expected image, a box as one of {boxes} or none, at least one of "
+            f"{','.join(TEXTS)}, and perhaps attributes; found {','.join(heading)}"
+        )
+    return box
+
+
+def _record(name: str, rows: list[tuple[str, Row]], columns: tuple[str, ...], found: Found, of: Row) -> Record:
+    captions: list[str] = []
+    regions: list[Region] = []
+    objects: list[Object] = []
+    for where, row in rows:
+        box = _box(where, row, columns, found)
+        text, label, caption = (row.get(column, "") for column in TEXTS)
+        if not (text or label or caption):
+            raise ValueError(f"{where}: no text; expected one in {', '.join(TEXTS)}")
+        if label and box is None:
+            raise ValueError(f"{where}: label {label!r}, but {','.join(columns)} are empty")
+        captions += [caption] if caption else []
+        if text and box is None:
+            captions.append(text)
+        elif text:
+            regions.append(Region(box_xyxy=box, descriptions=[text]))
+        if label:
+            adjectives = [word.strip() for word in row.get("attributes", "").split(";") if word.strip()]
+            objects.append(Object(box_xyxy=box, label=label, attributes=adjectives))
+    return record(
+        rows[0][0],
+        found,
+        id=identifier(name),
+        captions=list(dict.fromkeys(captions)),
+        regions=regions,
+        objects=objects,
+        original_id=name,
+        same_as=known_as(name),
+        **of,
+    )
+
+
+def _box(where: str, row: Row, columns: tuple[str, ...], found: Found) -> Box | None:
+    """The row's box as ``xyxy``; None where its cells are empty."""
+    cells = [row[column] for column in columns]
+    if not any(cells):
+        return None
+    try:
+        a, b, c, d = (float(cell) for cell in cells)
+    except ValueError:
+        raise ValueError(f"{where}: {','.join(columns)}: expected four numbers, found {','.join(cells)}") from None
+    box = corners((a, b, c, d)) if columns == CORNER_AND_SIZE else (a, b, c, d)
+    return nearly_inside(where, box, found.width, found.height)

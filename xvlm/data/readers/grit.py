@@ -1,0 +1,139 @@
+"""Reads GRIT: web images whose captions' noun phrases and expressions are tied to boxes.
+
+As img2dataset downloads the published tables (Peng et al. 2023, https://huggingface.co/datasets/zzliang/GRIT) with
+``--save_additional_columns '["noun_chunks", "ref_exps"]'``, as tar files or unpacked::
+
+    folder/00000.tar                 with 000000012.jpg and 000000012.json; or unpacked:
+    folder/00000/000000012.jpg
+    folder/00000/000000012.json
+
+Boxes are ``x y x y`` (left top right bottom), shares of the image's width and height.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from xvlm.data.readers.photographs import (
+    AllowMissing,
+    Found,
+    Photographs,
+    Sample,
+    around,
+    explained,
+    inside,
+    record,
+)
+from xvlm.data.records import Box, Expression, Phrase, Record
+
+SOURCE = "grit"
+LARGEST = 256 * 1024**2  # bytes of a member of a tar file
+
+Tied = tuple[float, float, float, float, float, float, float]  # first character, one after the last, box, confidence
+
+
+class Entry(BaseModel):
+    key: str
+    caption: str | None = None
+    url: str = ""
+    noun_chunks: list[Tied] = []
+    ref_exps: list[Tied] = []
+
+
+def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+    """Records and image bytes, as stored, in the order of the files' names.
+
+    Noun chunks become phrases of the caption, expressions what they are. Boxes without area are left out.
+
+    Args:
+        folder: see the module's docstring for the files in it.
+        split: train; the data set has no other part.
+        allow_missing: leave entries out whose image could not be downloaded, and log how many; a list takes their keys.
+
+    Raises:
+        FileNotFoundError: neither tar files nor folders with entries, or an image is absent.
+        ValueError: a file that does not follow the format; names the file, the member and the field.
+    """
+    if split != "train":
+        raise ValueError(f"{folder}: split {split!r}; GRIT is one set, train")
+    archives, entries = sorted(folder.glob("*.tar")), sorted(folder.glob("*/*.json"))
+    if not archives and not entries:
+        raise FileNotFoundError(f"{folder}: neither tar files nor folders with .json and .jpg files")
+    with Photographs(folder, ".", allow_missing=allow_missing) as images:
+        for path in entries:
+            entry = _entry(str(path), path.read_bytes())
+            name = str(path.relative_to(folder).with_suffix(".jpg"))
+            if (found := images.find(f"{path.name} describes it", name)) is not None:
+                yield _record(str(path), entry, found), found.image
+        for path in archives:
+            for where, document, image in _members(path):
+                entry = _entry(where, document)
+                name = f"{entry.key}.jpg"
+                if (found := images.take(f"{path.name} describes it", name, path / name, image)) is not None:
+                    yield _record(where, entry, found), found.image
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes, bytes | None]]:
+    """Documents of an archive, and the image beside each. Members are read by name, nothing is unpacked."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            files = {PurePosixPath(member.name): member for member in archive if member.isreg()}
+            for name, member in files.items():
+                if name.suffix != ".json":
+                    continue
+                image = files.get(name.with_suffix(".jpg"))
+                yield f"{path}/{name}", _bytes(archive, member), _bytes(archive, image) if image else None
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not readable as a tar file: {error}") from None
+
+
+def _bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > LARGEST:
+        raise ValueError(f"{archive.name}/{member.name}: {member.size} bytes; expected an image or its description")
+    file = archive.extractfile(member)
+    assert file is not None  # regular files have contents
+    return file.read()
+
+
+def _entry(where: str, document: bytes) -> Entry:
+    try:
+        return TypeAdapter(Entry).validate_json(document)
+    except ValidationError as error:
+        raise explained(where, error) from None
+
+
+def _record(where: str, entry: Entry, found: Found) -> Record:
+    if not entry.caption:
+        raise ValueError(f"{where}: caption is empty")
+    return record(
+        where,
+        found,
+        id=entry.key,
+        source=SOURCE,
+        captions=[entry.caption],
+        phrases=[
+            Phrase(caption=0, start=start, end=end, boxes_xyxy=boxes)
+            for (start, end), boxes in _boxes(entry.noun_chunks, found).items()
+        ],
+        expressions=[
+            Expression(
+                text=entry.caption[start:end], box_xyxy=around(boxes), boxes_xyxy=boxes if len(boxes) > 1 else []
+            )
+            for (start, end), boxes in _boxes(entry.ref_exps, found).items()
+            if entry.caption[start:end].strip()
+        ],
+        credit=entry.url,
+    )
+
+
+def _boxes(tied: list[Tied], found: Found) -> dict[tuple[int, int], list[Box]]:
+    """Boxes in pixels of each span of the caption."""
+    boxes: dict[tuple[int, int], list[Box]] = {}
+    for start, end, left, top, right, bottom, _ in tied:
+        w, h = found.width, found.height
+        box = inside((left * w, top * h, right * w, bottom * h), w, h)
+        if box is not None:
+            boxes.setdefault((int(start), int(end)), []).append(box)
+    return boxes

@@ -1,0 +1,166 @@
+"""Reads ODVG, the format of MM-Grounding-DINO and Open-GroundingDino: captions with boxed phrases, or labelled boxes.
+
+JSON lines as their documentation shows (Zhao et al. 2024; mmdetection: configs/mm_grounding_dino),
+in the folder or in annotations/::
+
+    folder/{split}.jsonl               or {split}.json, *{split}*.jsonl, *{split}*_vg.json, *{split}*_od*.json
+    folder/label_map.json              or *label_map*.json, where labels are numbers without ``category``
+    folder/{split}/FILE                or images/{split}/, images/, or the folder itself; as ``filename`` says
+
+Boxes are ``xyxy`` in pixels. The folder's name becomes the records' source. The file is held in memory.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from xvlm.data.readers.photographs import (
+    AllowMissing,
+    Found,
+    Photographs,
+    Sample,
+    around,
+    identifier,
+    inside,
+    known_as,
+    load,
+    load_lines,
+    only,
+    part_of,
+    record,
+)
+from xvlm.data.records import Box, Object, Phrase, Region
+
+
+class Grounded(BaseModel):
+    bbox: Box | list[Box]
+    phrase: str | list[str]
+    tokens_positive: list[tuple[int, int]] = []
+
+
+class Grounding(BaseModel):
+    caption: str
+    regions: list[Grounded]
+
+
+class Instance(BaseModel):
+    bbox: Box
+    label: int | str | None = None
+    category: str | None = None
+
+
+class Detection(BaseModel):
+    instances: list[Instance]
+
+
+class Line(BaseModel):
+    filename: str
+    width: int
+    height: int
+    grounding: Grounding | None = None
+    detection: Detection | None = None
+
+
+def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+    """Records and image bytes, as stored: one per photograph, with all that its lines say.
+
+    A line with ``grounding`` gives a caption, a region per entry (the box around all of its boxes) and, where
+    ``tokens_positive`` says which characters of the caption it is, a phrase with each of its boxes. A line with
+    ``detection`` gives objects. Boxes are cut off at the border of the image; those without area are left out.
+
+    Args:
+        folder: see the module's docstring for the files in it.
+        split: a name in the file's name that begins with train, val, dev or test.
+        allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
+
+    Raises:
+        FileNotFoundError: no lines, no photographs, or one is absent.
+        ValueError: a file that does not follow the format; names the file, the line and the field.
+    """
+    part = part_of(folder, split)
+    names = (f"{split}.jsonl", f"{split}.json", f"*{split}*.jsonl", f"*{split}*_vg.json", f"*{split}*_od*.json")
+    path = only(folder, *names, *(f"annotations/{name}" for name in names))
+    if path is None:
+        raise FileNotFoundError(f"{folder}: none of {', '.join(names)}, in it or in annotations/ of it")
+    labels_at = only(path.parent, "*label_map*.json") or only(folder, "*label_map*.json")
+    labels = load(dict[str, str], labels_at) if labels_at else {}
+    lines_of: dict[str, list[tuple[str, Line]]] = {}
+    for where, line in load_lines(Line, path):
+        lines_of.setdefault(line.filename, []).append((where, line))
+    source = folder.resolve().name
+    with Photographs(folder, split, f"images/{split}", "images", ".", allow_missing=allow_missing) as images:
+        for name, lines in lines_of.items():
+            found = images.find(f"{path.name} lists it", name)
+            if found is None:
+                continue
+            captions: list[str] = []
+            regions: list[Region] = []
+            phrases: list[Phrase] = []
+            objects: list[Object] = []
+            for where, line in lines:
+                found.check_size(line.width, line.height)
+                if line.grounding is not None:
+                    named = _regions(where, line.grounding, found)
+                    regions += [region for region, _, _ in named]
+                    phrases += [
+                        Phrase(caption=len(captions), start=start, end=end, boxes_xyxy=boxes)
+                        for _, boxes, spans in named
+                        for start, end in spans
+                    ]
+                    captions.append(line.grounding.caption)
+                if line.detection is not None:
+                    objects += _objects(where, line.detection, labels, found)
+            made = record(
+                lines[0][0],
+                found,
+                id=identifier(name),
+                source=source,
+                split=part,
+                captions=captions,
+                regions=regions,
+                phrases=phrases,
+                objects=objects,
+                original_id=name,
+                same_as=known_as(name),
+            )
+            yield made, found.image
+
+
+def _regions(where: str, grounding: Grounding, found: Found) -> list[tuple[Region, list[Box], list[tuple[int, int]]]]:
+    """Each entry as a region, with its boxes and the spans of the caption it is named by."""
+    regions = []
+    for i, one in enumerate(grounding.regions):
+        given = one.bbox if isinstance(one.bbox, list) else [one.bbox]
+        clipped = (inside(box, found.width, found.height) for box in given)
+        boxes = [box for box in clipped if box is not None]
+        phrase = one.phrase if isinstance(one.phrase, str) else " ".join(one.phrase)
+        if not phrase.strip():
+            raise ValueError(f"{where}: grounding.regions.{i}.phrase is empty")
+        if boxes:
+            region = Region(box_xyxy=around(boxes), descriptions=[phrase.strip()])
+            regions.append((region, boxes, _joined(one.tokens_positive, grounding.caption)))
+    return regions
+
+
+def _joined(spans: list[tuple[int, int]], caption: str) -> list[tuple[int, int]]:
+    """Spans of single words as spans of phrases: those with only white space between them are one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if joined and not caption[joined[-1][1] : start].strip():
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _objects(where: str, detection: Detection, labels: dict[str, str], found: Found) -> list[Object]:
+    objects = []
+    for i, one in enumerate(detection.instances):
+        label = one.category or labels.get(str(one.label))
+        if label is None:
+            raise ValueError(f"{where}: detection.instances.{i}: no category, and label {one.label!r} in no label_map")
+        box = inside(one.bbox, found.width, found.height)
+        if box is not None:
+            objects.append(Object(box_xyxy=box, label=label))
+    return objects

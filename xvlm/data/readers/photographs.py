@@ -1,0 +1,301 @@
+"""What readers share: files checked against the shape they should have, photographs found, and what is said of them.
+
+A reader is a module with ``read(folder, split, *, allow_missing=False) -> Iterator[Sample]``, named in
+:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format.
+"""
+
+import csv
+import logging
+import re
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+
+from xvlm.data.records import Box, Record, is_unchecked
+
+Sample = tuple[Record, bytes]
+AllowMissing = bool | list[str]  # false: an absent photograph is an error; a list takes the names of the absent ones
+Kind = TypeVar("Kind")
+TypeOf = Callable[..., Kind]  # type[Kind] leaves out list[int] and the like
+
+NAMED = 10  # absent photographs that the log names
+MARGIN = 0.02  # of the image's side
+
+logger = logging.getLogger(__name__)
+
+_COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)(?:_\d+)?\.")
+_FLICKR_URL = re.compile(r"static\.?flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
+_PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "val", "dev": "val", "test": "test"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of annotations
+
+
+def load(kind: TypeOf[Kind], path: Path) -> Kind:
+    """A JSON file as a pydantic model or another type. The file and what is kept of it are in memory at once.
+
+    Raises:
+        FileNotFoundError: names the file.
+        ValueError: not JSON, or not of this shape; names the file, the entry, the field and what was found.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValidationError as error:
+        raise explained(str(path), error) from None
+
+
+def load_lines(kind: TypeOf[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
+    """Rows of a JSON lines file, each with the name it has in messages. Raises as :func:`load` does."""
+    rows = TypeAdapter(kind)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path} line {number}"
+                try:
+                    row = rows.validate_json(line)
+                except ValidationError as error:
+                    raise explained(where, error) from None
+                yield where, row
+
+
+def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Cells of each row of a CSV file in UTF-8, the heading's too, with the name it has in messages.
+
+    Raises:
+        ValueError: not CSV in UTF-8; names the file.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.reader(file, strict=True)
+            for row in table:
+                if row:
+                    yield f"{path} line {table.line_num}", [cell.strip() for cell in row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable as CSV in UTF-8: {error}") from None
+
+
+def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
+    """The heading of a CSV file, and its rows by column with their names in messages. Raises ValueError likewise."""
+    lines = load_cells(path)
+    _, heading = next(lines, ("", []))
+
+    def rows() -> Iterator[tuple[str, dict[str, str]]]:
+        for where, cells in lines:
+            if len(cells) != len(heading):
+                raise ValueError(f"{where}: expected {len(heading)} cells, as in the heading, found {len(cells)}")
+            yield where, dict(zip(heading, cells, strict=True))
+
+    return heading, rows()
+
+
+def explained(where: str, error: ValidationError) -> ValueError:
+    """The first thing wrong as one line: where, the field, what is expected, what was found."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":  # only records forbid
+        message = "records have no such field (xvlm data schema prints those they have)"
+    elif first["type"] not in ("missing", "value_error"):
+        message += f" (found {first['input']!r:.200})"
+    return ValueError(": ".join(filter(None, [where, field, message])))
+
+
+def only(folder: Path, *patterns: str) -> Path | None:
+    """The file that fits the first pattern that any file fits; none fits: None.
+
+    Raises:
+        ValueError: several files fit; names them.
+    """
+    for pattern in patterns:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(found) > 1:
+            names = ", ".join(str(path.relative_to(folder)) for path in found[:NAMED])
+            raise ValueError(f"{folder}: expected one file {pattern}, found {names}")
+        if found:
+            return found[0]
+    return None
+
+
+def part_of(folder: Path, split: str) -> Literal["train", "val", "test"]:
+    """The part that a split's name begins with: train2014, validation and dev, testA."""
+    named = re.match("|".join(_PARTS), split)
+    if named is None:
+        raise ValueError(f"{folder}: split {split!r}; expected a name that begins with {', '.join(_PARTS)}")
+    return _PARTS[named[0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photographs
+
+
+class Found(NamedTuple):
+    """A photograph on disk: its bytes as stored and its size in pixels."""
+
+    path: Path
+    image: bytes
+    width: int
+    height: int
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises ValueError unless the image has the size in whose pixels its boxes are."""
+        if (self.width, self.height) != (width, height):
+            raise ValueError(
+                f"{self.path}: the image is {self.width}x{self.height}, its boxes are in pixels of {width}x{height}"
+            )
+
+
+class Photographs:
+    """Image files of a data set, wherever its copies keep them. A context: leaving it logs how many were absent.
+
+    Args:
+        folder: of the data set.
+        places: folders in it that may hold the photographs, in the order in which they are searched.
+
+    Raises:
+        FileNotFoundError: none of the places is there; names them.
+    """
+
+    def __init__(self, folder: Path, *places: str, allow_missing: AllowMissing = False):
+        self.places = [folder / place for place in places if (folder / place).is_dir()]
+        if not self.places:
+            raise FileNotFoundError(f"{folder}: no photographs; expected in it a folder {', '.join(places)}")
+        self.allow_missing = allow_missing
+        self.absent: list[str] = []
+        self.asked = 0
+
+    def __enter__(self) -> "Photographs":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if isinstance(self.allow_missing, list):
+            self.allow_missing += self.absent
+        if self.absent:
+            named = ", ".join(self.absent[:NAMED]) + (" …" if len(self.absent) > NAMED else "")
+            logger.warning(
+                "%s: %d of %d photographs are absent: %s", self.places[0], len(self.absent), self.asked, named
+            )
+
+    def find(self, listed: str, *names: str) -> Found | None:
+        """The photograph that has one of these names, paths from one of the places; None: absent, which is allowed.
+
+        Args:
+            listed: what asks for it, for the message ("test.txt lists 777").
+
+        Raises:
+            FileNotFoundError: absent, which is not allowed.
+            ValueError: not an image, or a URL.
+        """
+        if "://" in names[0]:
+            raise ValueError(f"{names[0]}: a URL, but {listed}; download the images and give their paths")
+        path = self.locate(*names)
+        if path is None:
+            return self.take(listed, names[0], self.places[0] / names[0], None)
+        return self.take(listed, names[0], path, path.read_bytes())
+
+    def locate(self, *names: str) -> Path | None:
+        """Where the photograph is that has one of these names; None: nowhere."""
+        return next((path for place in self.places for name in names if _is_file(path := place / name)), None)
+
+    def take(self, listed: str, name: str, path: Path, image: bytes | None) -> Found | None:
+        """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
+        self.asked += 1
+        if image is not None:
+            return Found(path, image, *_size(path, image))
+        if self.allow_missing is False:
+            raise FileNotFoundError(f"{path}: no such photograph, but {listed} (allow_missing leaves it out)")
+        self.absent.append(name)
+        return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _size(path: Path, image: bytes) -> tuple[int, int]:
+    """Width and height, read from the header alone."""
+    try:
+        return Image.open(BytesIO(image)).size
+    except Exception as error:  # decoders raise whatever the bytes make them trip over
+        raise ValueError(f"{path}: not an image: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said
+
+
+def record(where: str, found: Found, **said: Any) -> Record:
+    """The record of a photograph. Raises ValueError that says where and which field is wrong."""
+    try:
+        return Record(width=found.width, height=found.height, **said)
+    except ValidationError as error:
+        raise explained(where, error) from None
+
+
+def identifier(name: str) -> str:
+    """An id out of a path: ``val2014/a.b.jpg`` is ``val2014_a_b``."""
+    return re.sub(r"[/\\.]+", "_", name.rpartition(".")[0] or name).strip("_")
+
+
+def known_as(*names: str) -> dict[str, str]:
+    """``Record.same_as`` as far as file names and URLs tell it: COCO's names have COCO's id, Flickr's URLs Flickr's."""
+    patterns = {"coco": _COCO_NAME, "flickr": _FLICKR_URL}
+    searched = ((key, pattern.search(name)) for name in names for key, pattern in patterns.items())
+    return {key: match[1] for key, match in searched if match}
+
+
+def inside(box_xyxy: Box, width: int, height: int) -> Box | None:
+    """The part of a box in an image of this size; None where there is none.
+
+    For a check, a box that would lose a pixel or more, or has no area, stays as it is.
+    """
+    x0, y0, x1, y1 = box_xyxy
+    left, right = (min(max(edge, 0.0), float(width)) for edge in (x0, x1))
+    top, bottom = (min(max(edge, 0.0), float(height)) for edge in (y0, y1))
+    part, has_area = (left, top, right, bottom), left < right and top < bottom
+    if is_unchecked() and not (has_area and all(abs(a - b) < 1 for a, b in zip(part, box_xyxy, strict=True))):
+        return box_xyxy
+    return part if has_area else None
+
+
+def nearly_inside(where: str, box_xyxy: Box, width: int, height: int) -> Box:
+    """As :func:`inside`, of a box that may leave the image by no more than rounding and careless drawing explain.
+
+    A box in another format than stated, or of an image of another size, tends to leave it by more.
+
+    Raises:
+        ValueError: no area in the image, or out of it by more than ``MARGIN`` of its side; says where, and which box.
+    """
+    left, top, right, bottom = box_xyxy
+    box = inside(box_xyxy, width, height)
+    if is_unchecked():
+        return box
+    out_x, out_y = max(-left, right - width), max(-top, bottom - height)
+    if box is None or out_x > MARGIN * width or out_y > MARGIN * height:
+        edges = ", ".join(f"{edge:g}" for edge in box_xyxy)
+        raise ValueError(
+            f"{where}: box ({edges}) as left, top, right, bottom; expected one with an area, inside the "
+            f"{width}x{height} image or out of it by {MARGIN:.0%} of its side at most"
+        )
+    return box
+
+
+def corners(box_xywh: Box) -> Box:
+    """``xywh`` (left, top, width, height) as ``xyxy``."""
+    x, y, w, h = box_xywh
+    return (x, y, x + w, y + h)
+
+
+def around(boxes_xyxy: list[Box]) -> Box:
+    """The smallest box around all of them."""
+    lefts, tops, rights, bottoms = zip(*boxes_xyxy, strict=True)
+    return min(lefts), min(tops), max(rights), max(bottoms)
