@@ -1,5 +1,6 @@
 """The ``xvlm`` command: what it prints and writes, and one clear line where something is missing."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -72,7 +73,7 @@ def test_help_lists_the_commands_without_importing_torch():
 
 
 def test_scenes_are_packed_and_shown(tmp_path):
-    printed = lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "test", "--limit", 6)
+    printed = lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "test", "--limit", 6, "--workers", 1)
     assert printed[-1] == f"{tmp_path / 'shards/test'}: 6 records"
     assert len(Shards(tmp_path / "shards/test")) == 6
     sheet = tmp_path / "sheet.png"
@@ -90,6 +91,43 @@ def test_tars_are_indexed_and_then_shown_like_packed_ones(monkeypatch, tmp_path)
     lines_of("data", "show", tmp_path / "index", "--out", tmp_path / "sheet.png", "--count", 4)
     assert (tmp_path / "sheet.png").stat().st_size
     assert "cannot be fetched" in error_of(monkeypatch, "data", "index", "pipe:false", "--out", tmp_path / "other")
+
+
+def test_what_is_packed_is_checked_and_counted(tmp_path, monkeypatch):
+    folder = tmp_path / "shards/test"
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "test", "--limit", 6, "--workers", 0)
+    assert lines_of("data", "check", folder, "--workers", 0) == [f"{folder}: 6 records, 0 problems"]
+    counted = lines_of("data", "stats", folder, "--plots", tmp_path / "plots.png")
+    assert counted[0].startswith("scenes: 6 records; ")
+    assert Image.open(tmp_path / "plots.png").format == "PNG"
+    again = ("data", "pack", "scenes", tmp_path / "again", "--split", "test", "--workers", 0, "--avoid", folder)
+    printed = lines_of(*again, "--limit", 7, "--leaks", "report")
+    remarks = tmp_path / "again/test/remarks.jsonl"
+    assert printed[-2:] == [f"leak: 6 packed all the same, listed in {remarks}", f"{tmp_path}/again/test: 7 records"]
+    (folder / "000000.tar").unlink()
+    ran = CliRunner().invoke(app, ["data", "check", str(folder), "--workers", "0"])
+    assert ran.exit_code == 1
+    assert "000000.tar: no such file" in ran.stdout
+    assert lines_of("data", "check", folder, "--workers", 0, "--ignore", "shard")[-1].endswith("0 problems")
+    assert "no such kind" in error_of(monkeypatch, "data", "check", folder, "--ignore", "shards")
+
+
+def test_a_source_is_checked_before_it_is_packed(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("CMYK", (40, 30)).save(tmp_path / "images/a.jpg")
+    images = [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}]
+    captions = [{"id": 1, "image_id": 1, "caption": "..."}]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_train.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    ran = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--reader", "coco", "--workers", "0"])
+    assert ran.exit_code == 1
+    assert "1: captions.0: expected words" in ran.stdout
+    assert "CMYK" in ran.stdout
+    fix = str(tmp_path / "fixed")
+    ran = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--reader", "coco", "--workers", "0", "--fix", fix])
+    assert ran.exit_code == 0
+    assert ran.stdout.endswith(f"{tmp_path}: 1 records, 0 problems left\n")
+    assert Shards(fix).read(0)[0].captions == []
 
 
 def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_path):

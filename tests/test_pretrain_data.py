@@ -17,9 +17,10 @@ from pydantic import ValidationError
 
 from xvlm.config import ConfigError, load_config
 from xvlm.data import pretrain
+from xvlm.data.images import decode_image
 from xvlm.data.mixture import Mixture
 from xvlm.data.pretrain import StreamConfig, loader, mentions, records
-from xvlm.data.processor import Processor, ProcessorConfig, decode_image
+from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.records import Object, Phrase, Record, Region
 from xvlm.data.shards import Index, Shards, write_shards
 from xvlm.data.words import WordMasking

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 
 from xvlm import boxes
 from xvlm.data import transforms
-from xvlm.data.processor import Processor, ProcessorConfig, decode_image
+from xvlm.data.images import decode_image
+from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.transforms import AugmentConfig, augment, crop_around, place_boxes, random_resized_crop, swap_sides
 
 PLAIN = {"crop": "none", "hflip": 0.0, "randaugment": "none"}

@@ -50,11 +50,31 @@ def test_labels_do_not_cover_each_other(photograph):
     same = BOX.repeat(4, 1)
     plates: list = []
     for _ in range(4):
-        plates.append(viz._place(tuple(same[0].tolist()), (80.0, 20.0), photograph.size, plates))
+        plates.append(viz._place(tuple(same[0].tolist()), (80.0, 20.0), photograph.size, plates, []))
     for i, plate in enumerate(plates):
         assert all(viz._overlap(plate, other) == 0 for other in plates[:i])
         assert plate[0] >= 0
         assert plate[2] <= photograph.width
+
+
+def test_labels_do_not_cover_small_things(photograph):
+    small, behind = (200.0, 200.0, 220.0, 220.0), (195.0, 150.0, 300.0, 199.0)
+    plate = viz._place(small, (60.0, 24.0), photograph.size, [], [small, behind])
+    assert viz._overlap(plate, small) == viz._overlap(plate, behind) == 0
+    whole = (0.0, 0.0, 600.0, 500.0)  # covers everything: its plate has to lie on it, and keeps off the small one
+    plate = viz._place(whole, (60.0, 24.0), photograph.size, [], [whole, (0.0, 0.0, 30.0, 30.0)])
+    assert viz._overlap(plate, (0.0, 0.0, 30.0, 30.0)) == 0
+
+
+def test_numbers_say_which_box_is_which(photograph):
+    edges = tuple(BOX[0].tolist())
+    things = [("a dog", [edges]), ("no cat", []), ("two cats", [edges, (400.0, 10.0, 500.0, 90.0)]), ("more", [])]
+    drawn, legend = viz.numbered(photograph, things, most=3)
+    assert legend == "1 a dog\n- no cat\n3 two cats\nand 1 more"
+    assert drawn.getpixel((450, 10)) == ImageColor.getrgb(viz.COLOURS[2])
+    assert drawn.getpixel((200, 150)) == ImageColor.getrgb(viz.COLOURS[0])
+    plain, nothing = viz.numbered(photograph, [("a dog", [])])
+    assert (colours_on(plain, (0, 0, 600, 500)), nothing) == ({GREY}, "- a dog")
 
 
 def test_true_boxes_are_dashed(photograph):
@@ -144,6 +164,18 @@ def test_curves_are_one_plot_per_key():
         viz.curves(rows, ["accuracy"])
     with pytest.raises(ValueError, match="no keys"):
         viz.curves(rows, [])
+
+
+def test_histograms_count():
+    one = np.asarray(Image.open(BytesIO(viz.histograms({"words": [1, 1, 1, 2]}))))
+    blue = (np.abs(one[..., :3].astype(int) - ImageColor.getrgb("#56b4e9")).sum(2) < 30) & (one[..., 3] > 200)
+    heights = blue.sum(0)[blue.any(0)]
+    assert heights[5] == pytest.approx(3 * heights[-5], rel=0.2)  # three ones, one two
+    three = Image.open(BytesIO(viz.histograms({"a": [0.5], "b": [1, 2], "c": [0.1, 0.2]})))
+    assert three.width == pytest.approx(3 * one.shape[1], rel=0.01)
+    for nothing in ({}, {"words": []}):
+        with pytest.raises(ValueError, match="no values"):
+            viz.histograms(nothing)
 
 
 def test_the_running_mean_smooths_without_a_shift():

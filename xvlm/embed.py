@@ -19,7 +19,8 @@ from tqdm import tqdm
 from xvlm import boxes as geometry
 from xvlm import hub
 from xvlm.config import Configured, validate
-from xvlm.data.processor import Processor, decode_image
+from xvlm.data.images import decode_image
+from xvlm.data.processor import Processor
 from xvlm.data.records import Box
 from xvlm.models.vision import regions_in_pixels
 from xvlm.models.xvlm import XVLM

@@ -14,7 +14,8 @@ from pydantic import Field
 
 from xvlm import evaluate, hub, report, runlog, viz
 from xvlm.config import Configured
-from xvlm.data.processor import Processor, decode_image
+from xvlm.data.images import decode_image
+from xvlm.data.processor import Processor
 from xvlm.data.shards import BrokenSample, Shards
 from xvlm.grounder import Method
 from xvlm.models.xvlm import XVLM

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,10 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 
 from xvlm.types import Grounded
+
+if TYPE_CHECKING:  # drawn with where curves and histograms are, and nowhere else
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#0072b2")
@@ -71,6 +75,28 @@ def draw(
     return _with_labels(canvas, marks)
 
 
+def numbered(
+    image: Image.Image, things: Sequence[tuple[str, Sequence[Edges]]], most: int = 8
+) -> tuple[Image.Image, str]:
+    """Draw the boxes of several things with a number each, and say below which is which.
+
+    Args:
+        things: what each is, and its ``xyxy`` boxes, none or several.
+        most: of the things; the legend says how many more there are.
+
+    Returns:
+        The picture and its legend, a line for each thing.
+    """
+    drawn = [(i, box) for i, (_, boxes) in enumerate(things[:most]) for box in boxes]
+    boxes_xyxy = torch.tensor([box for _, box in drawn]).reshape(-1, 4)
+    colours = [COLOURS[i % len(COLOURS)] for i, _ in drawn] or COLOURS
+    picture = draw(image, boxes_xyxy, [str(i + 1) for i, _ in drawn], colours=colours)
+    legend = [f"{i + 1 if boxes else '-'} {text}" for i, (text, boxes) in enumerate(things[:most])]
+    if len(things) > most:
+        legend.append(f"and {len(things) - most} more")
+    return picture, "\n".join(legend)
+
+
 def heatmap(image: Image.Image, values: Float[Tensor, "height width"], colours: str = "inferno") -> Image.Image:
     """Lay a map of any resolution (attention, similarity) over an image, from its least (dark) to its most (bright).
 
@@ -126,15 +152,10 @@ def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, x: str = "
     Raises:
         ValueError: no keys, or one that no row has.
     """
-    from matplotlib.figure import Figure
-
     if not keys:
         raise ValueError("no keys to plot")
-    columns = min(3, len(keys))
-    lines = -(-len(keys) // columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * lines), layout="constrained")
-    figure.patch.set_alpha(0)  # grey on nothing is readable on light and on dark pages
-    for key, axes in zip(keys, figure.subplots(lines, columns, squeeze=False).flat, strict=False):
+    figure, places = _small_plots(len(keys))
+    for key, axes in zip(keys, places, strict=True):
         points = [(row[x], row[key]) for row in rows if key in row and x in row]
         if not points:
             raise ValueError(f"no row of the log has both {x!r} and {key!r}")
@@ -143,14 +164,49 @@ def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, x: str = "
         axes.plot(at, _running_mean(values), color="#1f8fd6", linewidth=2)
         axes.set_title(key, color="#888888", fontsize=11)
         axes.set_xlabel(x, color="#888888", fontsize=9)
+    return _as_png(figure)
+
+
+def histograms(values: Mapping[str, Sequence[int | float]]) -> bytes:
+    """A PNG with one small histogram per title.
+
+    Raises:
+        ValueError: nothing to draw, or a title without values.
+    """
+    if not values or not all(map(len, values.values())):
+        raise ValueError("no values to plot")
+    figure, places = _small_plots(len(values))
+    for (title, each), axes in zip(values.items(), places, strict=True):
+        whole = all(float(value).is_integer() for value in each)
+        bins = [edge - 0.5 for edge in range(int(min(each)), int(max(each)) + 2)] if whole else 40
+        axes.hist(each, bins, color="#56b4e9")
+        axes.set_title(title, color="#888888", fontsize=11)
+    return _as_png(figure)
+
+
+def _small_plots(count: int) -> tuple["Figure", list["Axes"]]:
+    """A figure of plots in rows of three, grey on nothing: readable on light and on dark pages."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * lines), layout="constrained")
+    figure.patch.set_alpha(0)
+    places = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in places[:count]:
         axes.patch.set_alpha(0)
         axes.tick_params(colors="#888888", labelsize=9)
         axes.grid(color="#888888", alpha=0.25)
+        axes.set_axisbelow(True)
         for side, spine in axes.spines.items():
             spine.set_color("#888888")
             spine.set_visible(side in ("left", "bottom"))
-    for axes in figure.axes[len(keys) :]:
+    for axes in places[count:]:
         axes.set_visible(False)
+    return figure, places[:count]
+
+
+def _as_png(figure: "Figure") -> bytes:
     png = BytesIO()
     figure.savefig(png, format="png", dpi=130)
     return png.getvalue()
@@ -200,13 +256,13 @@ def _with_labels(canvas: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
     """Labels on translucent plates at their boxes, out of each other's way where there is room."""
     layer = Image.new("RGBA", canvas.size, (0, 0, 0, 0))
     pen, font = ImageDraw.Draw(layer), ImageFont.load_default(max(16, max(canvas.size) // 28))
-    pad, taken = max(3, int(font.size) // 5), []
+    pad, taken, boxes = max(3, int(font.size) // 5), [], [mark.box for mark in marks]
     for mark in marks:
         if not mark.label:
             continue
         text = _shortened(mark.label, font, canvas.width - 2 * pad)
         size = font.getlength(text) + 2 * pad, font.size * 1.25 + pad
-        plate = _place(mark.box, size, canvas.size, taken)
+        plate = _place(mark.box, size, canvas.size, taken, boxes)
         taken.append(plate)
         red, green, blue = ImageColor.getrgb(mark.colour)[:3]
         pen.rounded_rectangle(plate, radius=pad, fill=(red, green, blue, 210))
@@ -215,13 +271,23 @@ def _with_labels(canvas: Image.Image, marks: Sequence[_Mark]) -> Image.Image:
     return Image.alpha_composite(canvas.convert("RGBA"), layer).convert("RGB")
 
 
-def _place(box: Edges, size: tuple[float, float], canvas: tuple[int, int], taken: Sequence[Edges]) -> Edges:
-    """Where a plate goes: above its box, else inside, else below; the first place that covers no other plate."""
+def _place(
+    box: Edges, size: tuple[float, float], canvas: tuple[int, int], taken: Sequence[Edges], boxes: Sequence[Edges]
+) -> Edges:
+    """Where a plate goes: around its box, else inside; the first place with the least of plates and boxes under it.
+
+    What counts is the share of a box that is covered, so that small things stay visible.
+    """
     (left, top, right, bottom), (w, h) = box, size
-    corners = [(left, top - h), (left, top), (right - w, top - h), (left, bottom), (left, bottom - h), (right - w, top)]
-    inside = [(min(max(x, 0.0), canvas[0] - w), min(max(y, 0.0), canvas[1] - h)) for x, y in corners]
-    plates = [(x, y, x + w, y + h) for x, y in inside]
-    return min(plates, key=lambda plate: sum(_overlap(plate, other) for other in taken))
+    around = [(left, top - h), (right - w, top - h), (right, top), (left - w, top), (left, bottom), (right - w, bottom)]
+    inside = [(left, top), (right - w, top), (left, bottom - h), (right - w, bottom - h)]
+    corners = [(min(max(x, 0.0), canvas[0] - w), min(max(y, 0.0), canvas[1] - h)) for x, y in around + inside]
+
+    def covered(plate: Edges) -> float:
+        plates = sum((_overlap(plate, other) / (w * h) for other in taken), 0.0)
+        return 4 * plates + sum(_overlap(plate, other) / max(_overlap(other, other), 1.0) for other in boxes)
+
+    return min(((x, y, x + w, y + h) for x, y in corners), key=covered)
 
 
 def _overlap(a: Edges, b: Edges) -> float:

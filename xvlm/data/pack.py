@@ -4,15 +4,18 @@ from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from tqdm import tqdm
 
 from xvlm.config import Configured
 from xvlm.data import scenes
+from xvlm.data.leaks import Guard
+from xvlm.data.prepare import Preparation
 from xvlm.data.records import Record
 from xvlm.data.scenes import SceneConfig
-from xvlm.data.shards import Shards, write_shards
+from xvlm.data.shards import INDEX, Shards, sha256, write_shards
 
 # Each but the scenes is a module of xvlm.data.readers, whose docstring shows the files it expects.
 Reader = Literal[
@@ -45,15 +48,20 @@ class CorpusConfig(Configured):
     allow_missing: bool = False  # leave photographs out that are listed but absent, and say how many
     splits: dict[str, int | None]  # how many records at most; null: all
     scenes: SceneConfig = SceneConfig()
+    max_side: Annotated[int, Field(gt=0)] | None = None  # larger images are made smaller; null: bytes stay as they are
+    allow_broken: bool = False  # leave images out that cannot be decoded, and say which
+    avoid: list[Path] = []  # packed evaluation sets, of whose images none may be in here
+    leaks: Literal["drop", "report"] = "drop"
+    workers: Annotated[int, Field(ge=0)] = 0  # processes that decode and re-encode; the result is the same
 
 
 def pack(config: CorpusConfig) -> dict[str, Shards]:
     """Pack every split that is not packed yet; a split counts as packed once its index stands.
 
     Raises:
-        FileNotFoundError, ValueError: from the reader, naming file and record.
+        FileNotFoundError, ValueError: from the reader, or about an image that cannot be packed, naming file and record.
     """
-    packed = {}
+    packed, guard = {}, None
     for split, limit in config.splits.items():
         folder, description = config.out / split, _description(config, split, limit)
         if (folder / "index.json").exists():
@@ -63,15 +71,25 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
                     f"{folder} was packed from {before}, not from {description}; choose another corpus.out"
                 )
         else:
+            if config.avoid and guard is None:
+                guard = Guard(config.avoid, config.workers, progress=True)
+            prepare = Preparation(config.max_side, config.allow_broken, guard, config.leaks == "report")
             bar = tqdm(read(config, split, limit), desc=f"packing {split}", unit="record", total=limit)
-            write_shards(iter(bar), folder, description=description, progress=False)
+            write_shards(
+                iter(bar), folder, prepare=prepare, workers=config.workers, description=description, progress=False
+            )
         packed[split] = Shards(folder)
     return packed
 
 
 def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
     """What the shards of a split depend on, as their index keeps it."""
-    description = {"reader": config.reader, "split": split, "limit": limit}
+    description: dict[str, Any] = {"reader": config.reader, "split": split, "limit": limit}
+    if config.max_side is not None:
+        description["max_side"] = config.max_side
+    if config.avoid:
+        avoid = {str(folder.resolve()): sha256(folder / INDEX) for folder in config.avoid}
+        description |= {"avoid": avoid, "leaks": config.leaks}
     if config.reader == "scenes":
         return description | {"version": scenes.VERSION, "scenes": config.scenes.model_dump(mode="json")}
     return description | {"folder": str(config.folder.resolve()) if config.folder else None}

@@ -26,8 +26,9 @@ from xvlm.boxes import merge
 from xvlm.config import Configured
 from xvlm.data import tars
 from xvlm.data.cache import Cache
+from xvlm.data.images import decode_image
 from xvlm.data.mixture import Mixture
-from xvlm.data.processor import Processor, decode_image, to_tensor
+from xvlm.data.processor import Processor, to_tensor
 from xvlm.data.records import Box, Object, Record
 from xvlm.data.shards import BrokenSample, Shards
 from xvlm.data.transforms import AugmentConfig, augment, targets

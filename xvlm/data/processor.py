@@ -1,7 +1,5 @@
 """From images and texts to tensors: size, normalisation and tokenizer, saved and loaded with the weights."""
 
-import io
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,7 +21,6 @@ if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 FILE = "processor.json"
-MAX_PIXELS = 100_000_000
 
 Pixels = Annotated[int, Field(gt=0)]
 Channels = tuple[float, float, float]
@@ -208,20 +205,3 @@ class Processor:
 def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
     """The pixels of an RGB image."""
     return rearrange(torch.from_numpy(np.array(image)), "height width channel -> channel height width")
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """An RGB image from an encoded file. Its EXIF orientation is left alone: boxes are of the stored pixels.
-
-    Raises:
-        ValueError: with the reason, where the bytes are no image, end early, or hold more than 100 megapixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-        return image.convert("RGB")
-    except Exception as error:  # decoders raise whatever the bytes make them trip over
-        raise ValueError(f"image cannot be decoded ({len(data)} bytes): {error}") from None

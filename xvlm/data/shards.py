@@ -5,15 +5,18 @@ A packed folder holds ``000000.tar``, ``000001.tar``, ... with members ``<id>.jp
 :mod:`xvlm.data.tars` leads to tars elsewhere.
 """
 
+import hashlib
 import io
+import json
 import os
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -24,9 +27,12 @@ from tqdm import tqdm
 from xvlm import hub
 from xvlm.config import Configured
 from xvlm.data.cache import Cache, is_remote
+from xvlm.data.parallel import ordered_map
 from xvlm.data.records import Record
 
 INDEX = "index.json"
+JOURNAL = "packing.jsonl"  # of a folder that is not packed yet
+REMARKS = "remarks.jsonl"
 OPEN_AT_ONCE = 16  # shards an instance keeps open: twice a window of `epoch_order`
 AGAIN_AFTER = 600.0  # seconds until a shard that cannot be read is tried again
 
@@ -43,12 +49,16 @@ class BrokenSample(Exception):
 
 
 class Shard(Configured):
-    """One tar file. ``samples``: key, image offset, image size, text offset, text size, in bytes of the file."""
+    """One tar file. ``samples``: key, image offset, image size, text offset, text size, in bytes of the file.
+
+    ``sha256`` is of the file; empty in folders packed before it was kept, and of tars of others.
+    """
 
     file: str  # in the folder of the index; or a path, a URL or a pipe
     size: int
     text: Literal["json", "txt"] = "json"  # a record, or a caption
     samples: list[tuple[str, int, int, int, int]]
+    sha256: str = ""
 
 
 class Index(Configured):
@@ -60,45 +70,174 @@ class Index(Configured):
     shards: list[Shard]
 
 
+class Remark(Configured):
+    """What there is to say about a record that was left out, or packed although something speaks against it."""
+
+    record: str
+    why: Literal["unreadable", "leak"]
+    packed: bool
+    message: str
+
+
+class Prepared(NamedTuple):
+    """What becomes of a sample on its way into a shard; None: it is left out."""
+
+    sample: tuple[Record, bytes] | None
+    remark: Remark | None = None
+
+
+def as_it_is(record: Record, image: bytes) -> Prepared:
+    return Prepared((record, image))
+
+
+class _Finished(Configured):
+    """A line of the journal: a shard that stands, and what went into it.
+
+    ``read``: how many samples, those left out included; ``source``: a digest of all of them.
+    """
+
+    shard: Shard
+    read: int
+    source: str
+    counts: dict[str, int]
+    remarks: list[Remark]
+
+
 def write_shards(
     samples: Iterable[tuple[Record, bytes]],
     folder: Path,
     *,
+    prepare: Callable[[Record, bytes], Prepared] = as_it_is,
+    workers: int = 0,
     samples_per_shard: int = 1000,
     description: dict | None = None,
     progress: bool,
 ) -> Index:
     """Pack records and their encoded images (JPEG, PNG or WebP). The same samples give the same bytes.
 
-    Shards appear under their names once they are complete; shards of an attempt that was cut short are replaced.
+    Shards appear under their names once they are complete and read back as they were meant. A journal beside them says
+    what went into each; packing that was cut short goes on after the last shard whose samples, on reading them again,
+    are the same ones, with the same description. The journal goes when the index comes. Remarks are in
+    ``remarks.jsonl``.
+
+    Args:
+        prepare: what each sample goes through first, in ``workers`` processes (0: in this one); it must give equal
+            results for equal samples, and differ only where the description does.
 
     Raises:
         FileExistsError: the folder is packed already.
         ValueError: an id occurs twice or has a dot, bytes that are no image, or no samples; names the record.
+        OSError: a shard does not read back as it was written.
     """
     if (folder / INDEX).exists():
         raise FileExistsError(f"{folder / INDEX}: this folder is packed already")
     folder.mkdir(parents=True, exist_ok=True)
-    seen: set[str] = set()
-    counts: Counter[str] = Counter()
-    shards: list[Shard] = []
     stream = iter(tqdm(samples, desc=f"packing {folder}", unit="record", disable=not progress))
-    while part := list(islice(stream, samples_per_shard)):
-        for record, _ in part:
-            if record.id in seen:
-                raise ValueError(f"record {record.id!r}: this id occurs twice; ids must be unique within {folder}")
-            seen.add(record.id)
-            counts.update(_counts(record))
-        shards.append(_write_shard(part, folder / f"{len(shards):06d}.tar"))
-    if not shards:
-        raise ValueError(f"{folder}: there are no samples to pack")
-    written = {shard.file for shard in shards}
-    for leftover in folder.glob("[0-9]*.tar"):
+    header = json.dumps({"description": description or {}, "samples_per_shard": samples_per_shard})
+    finished, stream = _continue(folder, header, stream)
+    seen = {row[0] for part in finished for row in part.shard.samples}
+    kept: list[tuple[Record, bytes]] = []
+    digests: list[bytes] = []
+    remarks: list[Remark] = []
+
+    def finish() -> None:
+        shard = _write_shard(kept, folder / f"{len(finished):06d}.tar")
+        counts = _total(_counts(record) for record, _ in kept)
+        part = _Finished(shard=shard, read=len(digests), source=_together(digests), counts=counts, remarks=[*remarks])
+        journal.write(part.model_dump_json() + "\n")
+        journal.flush()
+        finished.append(part)
+        for each in (kept, digests, remarks):
+            each.clear()
+
+    with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
+        for digest, (sample, remark) in ordered_map(partial(_prepared, prepare), stream, workers):
+            digests.append(digest)
+            if remark is not None:
+                remarks.append(remark)
+            if sample is None:
+                continue
+            if sample[0].id in seen:
+                raise ValueError(f"record {sample[0].id!r}: this id occurs twice; ids must be unique within {folder}")
+            seen.add(sample[0].id)
+            kept.append(sample)
+            if len(kept) == samples_per_shard:
+                finish()
+        if kept:
+            finish()
+    if not finished:
+        left_out = f"; {len(remarks)} were left out, the first because {remarks[0].message}" if remarks else ""
+        raise ValueError(f"{folder}: there are no samples to pack{left_out}")
+    remarks = [remark for part in finished for remark in part.remarks] + remarks
+    if remarks:
+        hub.write_atomically(folder / REMARKS, "".join(remark.model_dump_json() + "\n" for remark in remarks))
+    written = {part.shard.file for part in finished}
+    for leftover in [*folder.glob("[0-9]*.tar"), *folder.glob(".[0-9]*.tar.unfinished")]:
         if leftover.name not in written:
             leftover.unlink()
-    index = Index(description=description or {}, counts=dict(counts), shards=shards)
+    counts = _total(part.counts for part in finished)
+    index = Index(description=description or {}, counts=counts, shards=[part.shard for part in finished])
     hub.write_atomically(folder / INDEX, index.model_dump_json())
+    (folder / JOURNAL).unlink()
     return index
+
+
+def read_index(folder: Path) -> Index:
+    """What a packed folder holds.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not packed, or its index cannot be read.
+    """
+    return _read_index(folder / INDEX)
+
+
+def read_remarks(folder: Path) -> list[Remark]:
+    """What packing a folder left out or doubted."""
+    file = folder / REMARKS
+    return [Remark.model_validate_json(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+
+
+def _continue(folder: Path, header: str, stream: Iterator) -> tuple[list[_Finished], Iterator]:
+    """The shards of an attempt that was cut short, as far as they are of this packing, and the samples that follow."""
+    first, *lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines() if (folder / JOURNAL).exists() else [""]
+    finished: list[_Finished] = []
+    for line in lines if first == header else []:
+        try:
+            part = _Finished.model_validate_json(line)
+        except ValidationError:  # cut short itself
+            break
+        tar = folder / part.shard.file
+        if not tar.exists() or sha256(tar) != part.shard.sha256:
+            break
+        again = list(islice(stream, part.read))
+        if _together([_digest(*sample) for sample in again]) != part.source:
+            stream = chain(again, stream)
+            break
+        finished.append(part)
+    lines = [header, *(part.model_dump_json() for part in finished)]
+    hub.write_atomically(folder / JOURNAL, "\n".join(lines) + "\n")
+    return finished, stream
+
+
+def _prepared(prepare: Callable[[Record, bytes], Prepared], sample: tuple[Record, bytes]) -> tuple[bytes, Prepared]:
+    return _digest(*sample), prepare(*sample)
+
+
+def _digest(record: Record, image: bytes) -> bytes:
+    return hashlib.sha256(hashlib.sha256(image).digest() + record.model_dump_json().encode()).digest()
+
+
+def _together(digests: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of a file of any size, in hexadecimal."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            whole.update(part)
+    return whole.hexdigest()
 
 
 def _write_shard(samples: Sequence[tuple[Record, bytes]], path: Path) -> Shard:
@@ -112,14 +251,25 @@ def _write_shard(samples: Sequence[tuple[Record, bytes]], path: Path) -> Shard:
                 document = record.model_dump_json(exclude_defaults=True).encode()
                 writer.write({"__key__": _key(record), _image_suffix(record, image): image, "json": document})
         file.flush()
-        size = file.tell()
-        with tarfile.open(file.name) as tar:
-            members = {member.name: (member.offset_data, member.size) for member in tar}
-    rows = [
-        (record.id, *members[f"{record.id}.{_image_suffix(record, image)}"], *members[f"{record.id}.json"])
-        for record, image in samples
-    ]
-    return Shard(file=path.name, size=size, samples=rows)
+        shard = _read_back(samples, unfinished, path)
+    return shard
+
+
+def _read_back(samples: Sequence[tuple[Record, bytes]], unfinished: Path, path: Path) -> Shard:
+    """Where everything is in a tar file; that it is there, and whole."""
+    with tarfile.open(unfinished) as tar:
+        members = {member.name: (member.offset_data, member.size) for member in tar}
+    rows = []
+    with unfinished.open("rb") as file:
+        for record, image in samples:
+            extents = members.get(f"{record.id}.{_image_suffix(record, image)}"), members.get(f"{record.id}.json")
+            if None in extents:
+                raise OSError(f"{path}: record {record.id!r} was written but is not there")
+            found = [os.pread(file.fileno(), size, offset) for offset, size in extents]
+            if found[0] != image or Record.model_validate_json(found[1]) != record:
+                raise OSError(f"{path}: record {record.id!r} does not read back as it was written; is the disk sound?")
+            rows.append((record.id, *extents[0], *extents[1]))
+    return Shard(file=path.name, size=unfinished.stat().st_size, samples=rows, sha256=sha256(unfinished))
 
 
 def _key(record: Record) -> str:
@@ -141,6 +291,13 @@ def _image_suffix(record: Record, image: bytes) -> str:
 def _counts(record: Record) -> dict[str, int]:
     said = ("captions", "regions", "objects", "phrases", "expressions", "questions", "statements")
     return {"records": 1} | {name: len(getattr(record, name)) for name in said}
+
+
+def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)
 
 
 class Shards:

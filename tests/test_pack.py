@@ -1,0 +1,339 @@
+"""From a reader to shards: any number of workers, interruptions, images that are broken, too large, or held out."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+from xvlm.data import pack as packing
+from xvlm.data.pack import CorpusConfig, pack
+from xvlm.data.parallel import AHEAD, ordered_map
+from xvlm.data.records import RLE, Expression, Object, Phrase, Record, Region
+from xvlm.data.shards import JOURNAL, REMARKS, read_remarks, write_shards
+
+BLUE, WHITE = (0, 0, 255), (255, 255, 255)
+
+
+def square(i: int) -> int:
+    return 8 + 4 * i
+
+
+def picture(i: int, kind: str = "JPEG") -> bytes:
+    """A blue square on white, elsewhere in each."""
+    image = Image.new("RGB", (120, 80), WHITE)
+    ImageDraw.Draw(image).rectangle((square(i), 20, square(i) + 31, 51), BLUE)
+    file = io.BytesIO()
+    image.save(file, kind, quality=95)
+    return file.getvalue()
+
+
+def sample(i: int, **more) -> tuple[Record, bytes]:
+    box = (float(square(i)), 20.0, float(square(i) + 32), 52.0)
+    fields = {"id": f"r{i}", "source": "made", "width": 120, "height": 80, "captions": ["a square"]}
+    return Record(**fields | {"objects": [Object(box_xyxy=box, label="square")]} | more), picture(i)
+
+
+@pytest.fixture
+def source(monkeypatch):
+    """What the reader reads, to be changed by the test; a member that is an error is raised."""
+    samples = [sample(i) for i in range(12)]
+
+    def read(config, split, limit):
+        for one in samples[:limit]:
+            if isinstance(one, BaseException):
+                raise one
+            yield one
+
+    monkeypatch.setattr(packing, "read", read)
+    return samples
+
+
+def config(out: Path, **more) -> CorpusConfig:
+    return CorpusConfig.model_validate({"reader": "coco", "out": out, "splits": {"train": None}} | more)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers and interruptions
+
+
+def test_any_number_of_workers_packs_the_same_bytes(source, tmp_path):
+    source[3] = source[3][0], source[3][1][:-100]
+    packed = [
+        pack(config(tmp_path / str(workers), workers=workers, max_side=60, allow_broken=True))["train"]
+        for workers in (0, 2)
+    ]
+    assert len(packed[0]) == 11
+    assert contents(tmp_path / "0/train") == contents(tmp_path / "2/train")
+
+
+def times_ten(i: int) -> int:
+    if i == 13:
+        raise ValueError("unlucky")
+    return 10 * i
+
+
+def end_this_process(i: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_results_come_in_order_and_little_is_read_ahead():
+    drawn = []
+    results = ordered_map(times_ten, (drawn.append(i) or i for i in range(1000) if i != 13), 2)
+    assert [next(results) for _ in range(100)] == [10 * i for i in range(101) if i != 13]
+    assert len(drawn) <= 100 + AHEAD * 2
+    results.close()
+
+
+def test_errors_of_workers_arrive_in_their_place():
+    results = ordered_map(times_ten, range(20), 2)
+    assert [next(results) for _ in range(13)] == [10 * i for i in range(13)]
+    with pytest.raises(ValueError, match="unlucky"):
+        next(results)
+    with pytest.raises(OSError, match="ended from outside"):
+        list(ordered_map(end_this_process, range(3), 1))
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "mapping.py").write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(packing.__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, "mapping.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)
+    parent.kill()
+    parent.communicate()
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {worker} is still there")
+
+
+PARENT = """
+import itertools, os, time
+from xvlm.data.parallel import ordered_map
+
+def process(i):
+    return os.getpid()
+
+if __name__ == "__main__":
+    results = ordered_map(process, itertools.count(), 1)
+    print(next(results), flush=True)
+    time.sleep(60)
+"""
+
+
+class Stop(Exception):
+    pass
+
+
+def prepared_records(monkeypatch) -> list[str]:
+    """Ids that went through the preparation from now on."""
+    seen = []
+    original = packing.Preparation.__call__
+    monkeypatch.setattr(
+        packing.Preparation,
+        "__call__",
+        lambda self, record, image: seen.append(record.id) or original(self, record, image),
+    )
+    return seen
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    def in_threes(*args, **options):
+        return write_shards(*args, **options, samples_per_shard=3)
+
+    monkeypatch.setattr(packing, "write_shards", in_threes)
+
+
+def interrupt(source: list, at: int, config: CorpusConfig) -> None:
+    kept, source[at] = source[at], Stop()
+    with pytest.raises(Stop):
+        pack(config)
+    source[at] = kept
+
+
+def test_interrupted_packing_goes_on_after_the_last_whole_shard(source, small_shards, tmp_path, monkeypatch):
+    source[1] = source[1][0], source[1][1][:-100]
+    options = {"max_side": 60, "allow_broken": True}
+    pack(config(tmp_path / "whole", **options))
+    interrupt(source, 8, config(tmp_path / "cut", **options))
+    folder = tmp_path / "cut/train"
+    assert sorted(file.name for file in folder.iterdir()) == ["000000.tar", "000001.tar", JOURNAL]
+    before = (folder / "000000.tar").stat().st_mtime_ns
+    seen = prepared_records(monkeypatch)
+    pack(config(tmp_path / "cut", **options))
+    assert seen == [f"r{i}" for i in range(7, 12)]  # two shards of three, and one record that was left out
+    assert (folder / "000000.tar").stat().st_mtime_ns == before
+    assert contents(folder) == contents(tmp_path / "whole/train")
+
+
+@pytest.mark.parametrize("change", ["options", "source", "shard", "journal"])
+def test_what_is_not_of_this_packing_is_packed_again(change, source, small_shards, tmp_path, monkeypatch):
+    interrupt(source, 8, config(tmp_path / "cut", max_side=60))
+    options, again_from = {"max_side": 60}, 3
+    folder = tmp_path / "cut/train"
+    if change == "options":
+        options, again_from = {"max_side": 61}, 0
+    elif change == "source":
+        source[4] = sample(4, captions=["another caption"])
+    elif change == "shard":
+        with (folder / "000001.tar").open("r+b") as file:
+            file.write(b"?")
+    else:
+        (folder / JOURNAL).write_bytes((folder / JOURNAL).read_bytes()[:-40])  # the last line was not finished
+    seen = prepared_records(monkeypatch)
+    pack(config(tmp_path / "cut", **options))
+    assert seen == [f"r{i}" for i in range(again_from, 12)]
+    pack(config(tmp_path / "whole", **options))
+    assert contents(folder) == contents(tmp_path / "whole/train")
+
+
+def test_a_shard_that_does_not_read_back_never_gets_its_name(tmp_path, monkeypatch):
+    from webdataset.writer import TarWriter
+
+    write = TarWriter.write
+
+    def spoilt(self, member):
+        return write(self, member | {"jpg": member["jpg"][:-1] + b"?"})
+
+    monkeypatch.setattr(TarWriter, "write", spoilt)
+    with pytest.raises(OSError, match=r"000000\.tar: record 'r0' does not read back"):
+        write_shards([sample(0)], tmp_path, progress=False)
+    assert not list(tmp_path.glob("0*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def test_without_a_wish_images_keep_their_bytes(source, tmp_path):
+    packed = pack(config(tmp_path))["train"]
+    assert [packed.read(i) for i in range(12)] == source
+    assert not (tmp_path / "train" / REMARKS).exists()
+
+
+def test_a_truncated_image_stops_packing_or_is_left_out_and_listed(source, tmp_path):
+    source[5] = source[5][0], source[5][1][:-100]
+    with pytest.raises(ValueError, match=r"made record 'r5': image cannot be decoded.*truncated.*allow_broken"):
+        pack(config(tmp_path / "strict"))
+    packed = pack(config(tmp_path / "lenient", allow_broken=True))["train"]
+    assert [packed.key(i) for i in range(len(packed))] == [f"r{i}" for i in range(12) if i != 5]
+    (remark,) = read_remarks(tmp_path / "lenient/train")
+    assert (remark.record, remark.why, remark.packed) == ("r5", "unreadable", False)
+    assert "truncated" in remark.message
+
+
+def test_a_record_of_another_size_than_its_image_stops_packing(source, tmp_path):
+    source[5] = sample(5, width=121)
+    with pytest.raises(ValueError, match="'r5': the image is 120x80, the record says 121x80"):
+        pack(config(tmp_path, allow_broken=True))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_boxes_and_masks_follow_an_image_that_is_made_smaller(kind, source, tmp_path):
+    pixels = np.zeros((80, 120), dtype=np.uint8)
+    pixels[20:52, 20:52] = 1
+    encoded = coco_mask.encode(np.asfortranarray(pixels))
+    mask = RLE(size=(80, 120), counts=encoded["counts"].decode())
+    box = (20.0, 20.0, 52.0, 52.0)
+    record, _ = sample(
+        3,
+        regions=[Region(box_xyxy=box, descriptions=["it"], mask=mask)],
+        expressions=[Expression(text="it", box_xyxy=box), Expression(text="nothing")],
+        phrases=[Phrase(caption=0, start=0, end=8, boxes_xyxy=[box, (0.0, 0.0, 120.0, 80.0)])],
+    )
+    source[:] = [(record, picture(3, kind))]
+    made, data = pack(config(tmp_path, max_side=50))["train"].read(0)
+    image = Image.open(io.BytesIO(data))
+    assert (image.format, image.size) == (kind, (50, 33))
+    assert (made.width, made.height) == (50, 33)
+    smaller = (20 * 50 / 120, 20 * 33 / 80, 52 * 50 / 120, 52 * 33 / 80)
+    assert made.objects[0].box_xyxy == pytest.approx(smaller)
+    assert made.regions[0].box_xyxy == made.expressions[0].box_xyxy == made.phrases[0].boxes_xyxy[0]
+    assert made.phrases[0].boxes_xyxy[1] == (0, 0, 50, 33)
+    assert made.expressions[1].box_xyxy is None
+    drawn = np.asarray(image.convert("RGB"))[..., 0] < 128
+    ys, xs = np.nonzero(drawn)
+    assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == pytest.approx(smaller, abs=1)
+    decoded = coco_mask.decode({"size": list(made.regions[0].mask.size), "counts": made.regions[0].mask.counts})
+    red = np.asarray(image.convert("RGB"))[..., 0]
+    assert decoded[red < 60].all()  # what is partly blue may be in or out
+    assert not decoded[red > 195].any()
+
+
+def test_small_images_are_not_written_anew(source, tmp_path):
+    packed = pack(config(tmp_path, max_side=120))["train"]
+    assert packed.read(0) == source[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out images
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    """Packed: the picture of r2 under another name, and COCO's 7."""
+    coco = Record(id="7", source="coco", width=120, height=80)
+    other = sample(2, id="elsewhere", source="other")[0]
+    write_shards([(other, picture(2, "PNG")), (coco, picture(20))], tmp_path / "held_out", progress=False)
+    return tmp_path / "held_out"
+
+
+def spread(i: int) -> bytes:
+    noise = np.random.default_rng(i).integers(0, 256, (10, 15, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize((120, 80), Image.Resampling.BICUBIC).save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_images_are_dropped_and_counted(workers, source, held_out, tmp_path):
+    source[:] = [(record, image if i == 2 else spread(i)) for i, (record, image) in enumerate(source)]
+    source[4] = sample(4, same_as={"coco": "000000000007"})[0], spread(4)
+    packed = pack(config(tmp_path / "out", avoid=[held_out], workers=workers))["train"]
+    assert {packed.key(i) for i in range(len(packed))} == {f"r{i}" for i in range(12)} - {"r2", "r4"}
+    looks, named = read_remarks(tmp_path / "out/train")
+    assert (looks.record, looks.why, looks.packed) == ("r2", "leak", False)
+    assert "looks like elsewhere of" in looks.message
+    assert (named.record, named.why) == ("r4", "leak")
+    assert "(coco:7)" in named.message
+
+
+def test_when_nothing_is_left_the_reason_is_told(source, held_out, tmp_path):
+    source[:] = [sample(2)]
+    with pytest.raises(
+        ValueError, match=r"no samples to pack; 1 were left out, the first because looks like elsewhere"
+    ):
+        pack(config(tmp_path / "out", avoid=[held_out]))
+
+
+def test_evaluation_images_may_be_reported_only(source, held_out, tmp_path):
+    source[:] = [(record, image if i == 2 else spread(i)) for i, (record, image) in enumerate(source)]
+    packed = pack(config(tmp_path / "out", avoid=[held_out], leaks="report"))["train"]
+    assert len(packed) == 12
+    (remark,) = read_remarks(tmp_path / "out/train")
+    assert (remark.record, remark.packed) == ("r2", True)
+
+
+def test_packed_without_a_guard_is_not_packed_with_one(source, held_out, tmp_path):
+    pack(config(tmp_path / "out"))
+    with pytest.raises(ValueError, match="was packed from"):
+        pack(config(tmp_path / "out", avoid=[held_out]))
+    described = json.loads((tmp_path / "out/train/index.json").read_text())["description"]
+    assert described == {"reader": "coco", "split": "train", "limit": None, "folder": None}

@@ -1,0 +1,231 @@
+"""Looks at all records of a packed folder or a source, lists what is wrong, and writes what can safely be put right."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from xvlm import hub
+from xvlm.data.leaks import Hashes, perceptual_hash
+from xvlm.data.parallel import ordered_map
+from xvlm.data.problems import KINDS, Item, Problem, boxes_of, problems_of, put_right
+from xvlm.data.records import Record, unchecked
+from xvlm.data.shards import INDEX, read_index, sha256, write_shards
+
+CHANGES = "changes.jsonl"
+CORNER, ENOUGH = 0.5, 20  # the share of boxes ending in the lower right corner that is no chance, of so many at least
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Args:
+        records: how many were looked at.
+        problems: in the order of the records; after fixing, those that remain.
+        changes: one mapping for each value that was put right and each record that was left out.
+    """
+
+    records: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+
+    def summary(self) -> list[str]:
+        """A line for each kind of problem, the commonest first."""
+        counts = Counter(problem.kind for problem in self.problems)
+        return [f"{kind}: {count} ({KINDS[kind]})" for kind, count in counts.most_common()]
+
+
+def packed(folder: Path) -> Iterator[Item | Problem]:
+    """The records of a packed folder as they stand there, and what is wrong with its files.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no index, or it cannot be read.
+    """
+    for shard in read_index(folder).shards:
+        path = folder / shard.file
+        if not path.exists():
+            yield Problem("shard", (), f"no such file, but {INDEX} lists it", where=str(path))
+            continue
+        if shard.sha256 and sha256(path) != shard.sha256:
+            yield Problem("shard", (), "not the bytes that were packed", where=str(path))
+        with path.open("rb") as file:
+            for key, image_at, image_size, json_at, json_size in shard.samples:
+                image, text = _at(file, image_at, image_size), _at(file, json_at, json_size)
+                if len(image) < image_size or len(text) < json_size:
+                    yield Problem("shard", (), "the shard ends before it", where=str(path), record=key)
+                    continue
+                try:
+                    document = json.loads(text)
+                except ValueError as error:
+                    yield Problem("record", (), f"not readable as JSON: {error}", where=str(path), record=key)
+                    continue
+                if isinstance(document, dict):
+                    yield Item(str(path), key, document, image)
+                else:
+                    yield Problem("record", (), "expected a mapping", document, where=str(path), record=key)
+
+
+def _at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def read(samples: Iterable[tuple[Record, bytes]], where: str) -> Iterator[Item | Problem]:
+    """What a reader yields, boxes and spans unchecked, and the error over which it stopped, if it did.
+
+    Args:
+        where: the folder it reads, for messages.
+    """
+    samples = iter(samples)
+    while True:
+        try:
+            with unchecked():
+                record, image = next(samples)
+        except StopIteration:
+            return
+        except (ValueError, OSError) as error:
+            yield Problem("reader", (), f"{error}; what follows was not looked at", where=where)
+            return
+        yield Item(where, record.id, record.model_dump(mode="json", exclude_defaults=True), image)
+
+
+def check(
+    items: Iterable[Item | Problem],
+    *,
+    max_words: int = 40,
+    near_duplicates: bool = False,
+    ignore: Collection[str] = (),
+    workers: int = 0,
+    fix: Path | None = None,
+    progress: bool = False,
+) -> Report:
+    """Everything that is wrong with records.
+
+    Args:
+        items: of :func:`packed` or :func:`read`.
+        max_words: of a text; the default is what a processor reads by default.
+        near_duplicates: list images that look like an earlier one, too.
+        ignore: kinds of problems that are neither reported nor put right.
+        workers: processes that decode images; 0: this one.
+        fix: a new folder, where the records are packed with what can safely be put right put right. Records that are
+            not valid then either are left out. ``changes.jsonl`` there lists both.
+
+    Raises:
+        FileExistsError: ``fix`` is packed already.
+        ValueError: to fix, but no record can be packed.
+    """
+    report = Report()
+    look = partial(_look, max_words=max_words, ignore=ignore, hashed=near_duplicates, fix=fix is not None)
+    bar = tqdm(items, desc="checking", unit="record", disable=not progress)
+    seen = _gathered(ordered_map(look, bar, workers), report, fix is not None)
+    if fix is None:
+        for _ in seen:
+            pass
+    else:
+        write_shards(seen, fix, description={"fixed": True}, progress=False)
+        hub.write_atomically(fix / CHANGES, "".join(json.dumps(change) + "\n" for change in report.changes))
+    report.problems = [problem for problem in report.problems if problem.kind not in ignore]
+    return report
+
+
+class _Seen(NamedTuple):
+    """A record that was looked at; its image is kept only where it can be packed and is to be."""
+
+    where: str
+    record: str
+    problems: list[Problem]
+    digest: bytes
+    perceptual: int | None
+    boxes: int
+    in_corner: int
+    sample: tuple[Record, bytes] | None
+
+
+def _look(item: Item | Problem, max_words: int, ignore: Collection[str], hashed: bool, fix: bool) -> _Seen | Problem:
+    if isinstance(item, Problem):
+        return item
+    found, picture = problems_of(item, max_words)
+    problems = [problem for problem in found if problem.kind not in ignore]
+    corner = [item.document.get("width"), item.document.get("height")]
+    boxes = boxes_of(item.document)
+    sample = None
+    if fix and not any(problem.fix == "leave out" or problem.kind == "record" for problem in found):
+        with suppress(ValueError):  # the problems say why
+            sample = put_right(item, problems)
+    return _Seen(
+        where=item.where,
+        record=item.record,
+        problems=problems,
+        digest=hashlib.sha256(item.image + json.dumps(item.document, sort_keys=True).encode()).digest(),
+        perceptual=perceptual_hash(picture) if hashed and picture is not None else None,
+        boxes=len(boxes),
+        in_corner=sum(list(box)[2:] == corner for box in boxes if isinstance(box, list)),
+        sample=sample,
+    )
+
+
+def _gathered(seen: Iterable[_Seen | Problem], report: Report, fix: bool) -> Iterator[tuple[Record, bytes]]:
+    """Fills the report, and yields what is to be packed."""
+    first: dict[str, _Seen] = {}
+    boxes = in_corner = 0
+    for one in seen:
+        if isinstance(one, Problem):
+            report.problems.append(one)
+            continue
+        report.records += 1
+        boxes, in_corner = boxes + one.boxes, in_corner + one.in_corner
+        problems, sample = one.problems, one.sample
+        if one.record in first:
+            problems, sample = [*problems, _repeated(one, first[one.record])], None
+        else:
+            first[one.record] = one._replace(sample=None, problems=[])
+        if fix:
+            report.changes += _changes(one.record, problems, sample is not None)
+            problems = [problem for problem in problems if problem.fix is None]
+        report.problems += problems
+        if sample is not None:
+            yield sample
+    if boxes >= ENOUGH and in_corner > CORNER * boxes:
+        message = f"{in_corner} of {boxes} boxes end in the lower right corner of their image, as if cut off there"
+        where = str(Path(next(iter(first.values())).where).parent)
+        report.problems.append(Problem("box-looks-xyxy", (), message, where=where))
+    report.problems += _near_duplicates([one for one in first.values() if one.perceptual is not None])
+
+
+def _repeated(one: _Seen, earlier: _Seen) -> Problem:
+    same = one.digest == earlier.digest
+    message = f"an earlier record has this id, and is {'the same in all' if same else 'another one'}"
+    fix = "leave out" if same else None
+    return Problem("duplicate-id", ("id",), message, fix=fix, where=one.where, record=one.record)
+
+
+def _changes(record: str, problems: list[Problem], packed: bool) -> Iterator[dict[str, Any]]:
+    if not packed:
+        yield {"record": record, "fix": "leave out", "because": [str(problem) for problem in problems]}
+        return
+    for problem in problems:
+        if problem.fix is not None:
+            place = ".".join(map(str, problem.place))
+            change = {"record": record, "fix": problem.fix, "kind": problem.kind, "place": place}
+            better = {"better": problem.better} if problem.fix == "put" else {}
+            yield change | {"found": problem.found} | better
+
+
+def _near_duplicates(hashed: list[_Seen]) -> Iterator[Problem]:
+    """One problem for each image that looks like an earlier one."""
+    hashes = [one.perceptual for one in hashed]
+    index = Hashes(hashes)
+    for i, one in enumerate(hashed):
+        earlier = [near for near in index.near(hashes[i]) if near.index < i]
+        if earlier:
+            other, distance = hashed[earlier[0].index], earlier[0].distance
+            message = f"looks like record {other.record} ({distance} of 64 bits differ)"
+            yield Problem("near-duplicate", ("image",), message, where=one.where, record=one.record)

@@ -1,0 +1,57 @@
+"""Encoded images: decoded safely, or written anew. Nothing here imports torch, so that many processes start quickly."""
+
+import warnings
+from io import BytesIO
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000
+QUALITY = 95  # of JPEG and WebP files that are written anew
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An RGB image from an encoded file. Its EXIF orientation is left alone: boxes are of the stored pixels.
+
+    Raises:
+        ValueError: with the reason, where the bytes are no image, end early, or hold more than 100 megapixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
+            image = Image.open(BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
+        return _eight_bits(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"image cannot be decoded ({len(data)} bytes): cannot identify its format") from None
+    except Exception as error:  # decoders raise whatever the bytes make them trip over
+        raise ValueError(f"image cannot be decoded ({len(data)} bytes): {error}") from None
+
+
+def plain(data: bytes, *, turn: bool) -> Image.Image:
+    """The first frame of an image as RGB with 8 bits a channel; what is transparent lies on white.
+
+    Args:
+        turn: the way its EXIF orientation says.
+    """
+    image = Image.open(BytesIO(data))
+    if turn:
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return _eight_bits(image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits scaled to 8; Pillow's own conversion cuts off at 255, and all but the darkest turns white."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value / 257).convert("L")
+
+
+def encode_like(image: Image.Image, data: bytes) -> bytes:
+    """An RGB image in the format of another file: JPEG, WebP, or else PNG."""
+    kind, file = Image.open(BytesIO(data)).format, BytesIO()
+    image.save(file, {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(kind, "PNG"), quality=QUALITY)
+    return file.getvalue()
