@@ -106,6 +106,9 @@ def test_goldens_that_are_missing_or_not_a_number(tmp_path):
     save_file({"matching": kept["matching"]}, tmp_path / golden.FILE)
     with pytest.raises(ValueError, match=r"golden.safetensors: holds .* but this model gives"):
         golden.differences(model, tmp_path)
+    (tmp_path / golden.FILE).write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"golden.safetensors: not loaded, because it .* is damaged"):
+        golden.differences(model, tmp_path)
     (tmp_path / golden.FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"no golden.safetensors; save_pretrained writes it"):
         golden.differences(model, tmp_path)

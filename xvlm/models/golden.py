@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from xvlm import hub
-from xvlm.types import Regions, Texts
+from xvlm.models import convert
+from xvlm.models.vision import regions_in_pixels
+from xvlm.types import Texts
 
 if TYPE_CHECKING:
     from xvlm.models.xvlm import Pretrained
@@ -33,10 +35,9 @@ def outputs(model: "Pretrained") -> dict[str, Tensor]:
     channel, y, x = torch.meshgrid(torch.arange(3), torch.arange(height), torch.arange(width), indexing="ij")
     image = (3 * x + 5 * y + 70 * channel + x * y // 16) % 256 / 127.5 - 1
 
-    corners = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.5, 0.0, 0.25, 0.75]])  # left, top, width, height
-    size = torch.tensor([width, height, width, height])
-    centred = torch.cat([corners[:, :2] + corners[:, 2:] / 2, corners[:, 2:]], 1)
-    regions = Regions(torch.tensor([0, 0]), centred, corners * size, torch.tensor([False, False]))
+    corners = torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.5, 0.0, 0.75, 0.75]])  # left, top, right, bottom
+    boxes_xyxy = corners * torch.tensor([width, height, width, height])
+    regions = regions_in_pixels(boxes_xyxy, torch.tensor([0, 0]), (height, width))
 
     words = min(8, model.config.text.max_positions // 2)
     ids = 5 + torch.arange(2 * words).view(2, words) * 7919 % (model.config.text.vocab_size - 5)
@@ -65,11 +66,11 @@ def differences(model: "Pretrained", folder: Path) -> tuple[dict[str, float], bo
 
     Raises:
         FileNotFoundError: the folder has no golden outputs.
-        ValueError: they are of another shape or another set than this version makes.
+        ValueError: the file is damaged, or holds another set of arrays or other shapes than this version makes.
     """
     if not (folder / FILE).exists():
         raise FileNotFoundError(f"{folder}: no {FILE}; save_pretrained writes it")
-    expected, found = load_file(folder / FILE), outputs(model)
+    expected, found = convert.read_checkpoint(folder / FILE), outputs(model)
     shapes, wanted = ({name: tuple(t.shape) for name, t in side.items()} for side in (found, expected))
     if shapes != wanted:
         raise ValueError(f"{folder / FILE}: holds {wanted}, but this model gives {shapes}")

@@ -259,11 +259,13 @@ class CrossEncoder(nn.Module):
             States of the words asked for, question by question; their ``mask`` is ``only``.
 
         Raises:
-            ValueError: more or fewer concepts per question than the encoder's ``looks``.
+            ValueError: more or fewer concepts per question than the encoder's ``looks``; no layer ``keep_map``.
         """
         about = about if about.ndim == 2 else about[:, None]
         if about.shape[1] != self.looks:
             raise ValueError(f"questions about {about.shape[1]} concepts each, but text.looks is {self.looks}")
+        if keep_map is not None and keep_map not in range(len(self.layers)):
+            raise ValueError(f"keep_map {keep_map}: the cross encoder has {len(self.layers)} layers, from 0 on")
         page = Page.of(words.mask, causal=self.causal)
         x = self.layers[0].attention(words.states, page, words.states, page)
         if of is not None:
