@@ -1,7 +1,8 @@
 """Golden outputs: what a model answers to a fixed input, kept beside its weights to prove that they load right.
 
 A file of weights may load without complaint and still be read differently: by another version of a library, with
-another configuration, on a machine that multiplies with fewer digits. The answers tell.
+another configuration, on a machine that multiplies with fewer digits. The answers tell. What a small change of the
+weights themselves would leave within the tolerance, the SHA-256 of their file tells.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from xvlm.models.xvlm import Pretrained
 
 FILE = "golden.safetensors"
+WEIGHTS = "model.safetensors"
 TOLERANCE = 1e-4  # absolute, and relative where values are large; float32 on other processors differs by about 1e-5
 VOCABULARY_SAMPLE = 64
 
@@ -52,10 +55,10 @@ def sample(logits: Float[Tensor, "row vocabulary"]) -> Float[Tensor, "row word"]
 
 
 def write(model: "Pretrained", folder: Path) -> None:
-    """Write a model's golden outputs into the folder it was loaded from."""
+    """Write a model's golden outputs, and which file of weights gave them, into the folder it was loaded from."""
     answers = {name: tensor.contiguous() for name, tensor in outputs(model).items()}
     with hub.replacing(folder / FILE) as unfinished:
-        save_file(answers, unfinished)
+        save_file(answers, unfinished, metadata={WEIGHTS: hub.sha256(folder / WEIGHTS)})
 
 
 def differences(model: "Pretrained", folder: Path) -> tuple[dict[str, float], bool]:
@@ -66,11 +69,16 @@ def differences(model: "Pretrained", folder: Path) -> tuple[dict[str, float], bo
 
     Raises:
         FileNotFoundError: the folder has no golden outputs.
-        ValueError: the file is damaged, or holds another set of arrays or other shapes than this version makes.
+        ValueError: the file is damaged, belongs to another file of weights, or holds another set of arrays or other
+            shapes than this version makes.
     """
     if not (folder / FILE).exists():
         raise FileNotFoundError(f"{folder}: no {FILE}; save_pretrained writes it")
     expected, found = convert.read_checkpoint(folder / FILE), outputs(model)
+    with safe_open(folder / FILE, "pt") as file:
+        weights = (file.metadata() or {}).get(WEIGHTS)  # the first folders do not say it
+    if weights not in (None, hub.sha256(folder / WEIGHTS)):
+        raise ValueError(f"{folder / WEIGHTS}: changed since {FILE} was written, its SHA-256 was {weights}")
     shapes, wanted = ({name: tuple(t.shape) for name, t in side.items()} for side in (found, expected))
     if shapes != wanted:
         raise ValueError(f"{folder / FILE}: holds {wanted}, but this model gives {shapes}")
