@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
@@ -93,6 +93,7 @@ class Processor:
 
         Raises:
             FileNotFoundError: neither is there.
+            ValueError: it is damaged, or lacks special tokens.
         """
         from transformers import AutoTokenizer, BertTokenizer
 
@@ -101,7 +102,11 @@ class Processor:
             raise FileNotFoundError(f"{folder}: expected a tokenizer.json or a vocab.txt, found neither")
         # Without its configuration a tokenizer file does not say which tokens are special; BERT's names are known.
         kind = AutoTokenizer if (folder / "tokenizer_config.json").exists() else BertTokenizer
-        return cls(config, kind.from_pretrained(folder, local_files_only=True))
+        try:
+            tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # damaged files make the reader raise whatever it trips over
+            raise ValueError(f"{folder}: its tokenizer cannot be read: {error}") from None
+        return cls(config, tokenizer)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "Processor":
@@ -204,4 +209,5 @@ def decode_image(data: bytes) -> Image.Image:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
         return image.convert("RGB")
     except Exception as error:  # decoders raise whatever the bytes make them trip over
-        raise ValueError(f"image cannot be decoded ({len(data)} bytes): {error}") from None
+        why = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"image cannot be decoded ({len(data)} bytes): {why}") from None
