@@ -529,7 +529,10 @@ def test_a_task_starts_as_the_reference_starts_it(goldens, loader):
     ],
 )
 def test_tables_are_resized_to_the_reference_arrays(goldens, trunk, table, ours, name):
-    given, expected = (np.load(goldens / "load_interpolate" / file)[name] for file in ("inputs.npz", "outputs.npz"))
+    given, expected = (np.load(goldens / "load_interpolate" / file) for file in ("inputs.npz", "outputs.npz"))
+    if name not in expected:
+        pytest.skip(f"no table {name} in {goldens}")
+    given, expected = given[name], expected[name]
     state = official.checkpoint(trunk=trunk)
     given, expected = torch.from_numpy(given), torch.from_numpy(expected)
     if ours:  # eight positions of the ViT's 64 dimensions are the reference's

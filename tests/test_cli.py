@@ -149,6 +149,20 @@ def test_ground_by_gradcam_shows_the_heat_of_each_phrase(folder, picture, tmp_pa
     assert "expected box or gradcam" in error_of(
         monkeypatch, "ground", picture, "a", "--model", folder, "--method", "x"
     )
+    assert "--layer is for --method gradcam" in error_of(monkeypatch, "ground", picture, "a", "--layer", "1")
+
+
+def test_ground_asks_the_heads_there_are(folder, picture, tmp_path, monkeypatch):
+    arguments = ["ground", picture, "a disc", "--out", tmp_path / "drawn.png", "--model"]
+    config = XVLM.from_pretrained(folder).config
+    for name in ("box_head", "itm_head"):  # fine-tuned models have one of them
+        Processor.from_pretrained(folder).save_pretrained(tmp_path / name)
+        XVLM(config.model_copy(update={"heads": (name,)})).save_pretrained(tmp_path / name)
+    assert len(lines_of(*arguments, tmp_path / "box_head")) == 2
+    assert len(lines_of(*arguments, tmp_path / "itm_head", "--method", "gradcam")) == 2
+    assert "the model has no box_head" in error_of(monkeypatch, *arguments, tmp_path / "itm_head")
+    message = error_of(monkeypatch, *arguments, tmp_path / "box_head", "--method", "gradcam")
+    assert "the model has no itm_head" in message
 
 
 def test_calibrated_folders_say_whether_a_phrase_is_there(folder, picture, tmp_path, monkeypatch):
@@ -175,6 +189,7 @@ def test_embed_writes_vectors_and_ends_with_status_1_where_an_image_was_skipped(
     assert ran.exit_code == 1
     assert "broken.png: image cannot be decoded (99 bytes)" in ran.stdout
     assert ran.stdout.endswith("1 images, 0 boxes, vectors of 8; 1 images skipped\n")
+    assert "--device banana: torch cannot use it" in error_of(monkeypatch, "embed", picture, "--device", "banana")
     boxes.write_text('{"image": "scene.png", "boxes_xyxy": [[0, 0, 97, 9]]}\n')
     message = error_of(monkeypatch, "embed", picture, "--boxes", boxes, "--model", folder, "--out", out)
     assert "boxes.jsonl, line 1: 1 of 1 boxes leave the image of 96 x 96 pixels" in message
@@ -271,6 +286,9 @@ def test_convert_refuses_in_one_line_and_writes_nothing(monkeypatch, checkpoint,
     assert "starts from none but" in error_of(monkeypatch, "convert", captions(tmp_path), out, "--task", "pretraining")
     assert "no task 'poems'; there are" in error_of(monkeypatch, "convert", checkpoint, out, "--task", "poems")
     assert "absent.th" in error_of(monkeypatch, "convert", tmp_path / "absent.th", out)
+    torch.save(torch.load(checkpoint) | {"config": {"max_tokens": "many"}}, tmp_path / "odd.th")
+    message = error_of(monkeypatch, "convert", tmp_path / "odd.th", out, "--tokenizer", tmp_path / "other")
+    assert "odd.th, its config: max_tokens: " in message and "(found 'many')" in message
     (tmp_path / "page.th").write_text("<html>")
     assert "a web page, not a checkpoint" in error_of(monkeypatch, "convert", tmp_path / "page.th", out)
     assert not out.exists()
@@ -278,16 +296,35 @@ def test_convert_refuses_in_one_line_and_writes_nothing(monkeypatch, checkpoint,
 
 def test_verify_ends_with_status_1_where_a_folder_does_not_load_right(monkeypatch, folder):
     assert lines_of("verify", folder)[-1].endswith("loads right")
-    state = load_file(folder / "model.safetensors")
-    save_file(state | {"text.norm.bias": state["text.norm.bias"] + 0.1}, folder / "model.safetensors")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"heads": 2,', '"heads": 4,'))  # the same tensors, other numbers
     ran = CliRunner().invoke(app, ["verify", str(folder)])
     assert ran.exit_code == 1
     assert "DOES NOT LOAD RIGHT" in ran.stdout
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"text.norm.bias": state["text.norm.bias"] + 1e-6}, folder / "model.safetensors")
+    assert "changed since golden.safetensors was written" in error_of(monkeypatch, "verify", folder)
     (folder / golden.FILE).unlink()
     assert "no golden.safetensors" in error_of(monkeypatch, "verify", folder)
     del state["text.norm.bias"]
     save_file(state, folder / "model.safetensors")
     assert "missing text.norm.bias" in error_of(monkeypatch, "verify", folder)
+
+
+def test_a_processor_of_another_size_is_refused(monkeypatch, folder):
+    Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig(image_size=(48, 32))).save_pretrained(folder)
+    message = error_of(monkeypatch, "verify", folder)
+    assert "the processor makes images of 48 x 32 pixels, the model takes 32 x 32" in message
+
+
+def test_half_a_processor_is_refused(monkeypatch, folder):
+    (folder / "tokenizer.json").rename(folder / "away")
+    assert "expected a tokenizer.json or a vocab.txt" in error_of(monkeypatch, "verify", folder)
+    (folder / "tokenizer.json").write_text("{")
+    assert f"{folder}: its tokenizer cannot be read" in error_of(monkeypatch, "verify", folder)
+    (folder / "away").replace(folder / "tokenizer.json")
+    (folder / "processor.json").unlink()
+    assert "processor.json: no such configuration file" in error_of(monkeypatch, "verify", folder)
 
 
 def test_a_tokenizer_of_another_model_is_refused(monkeypatch, folder, picture):

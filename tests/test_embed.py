@@ -186,9 +186,11 @@ def test_parquet_holds_everything(images, processor, tmp_path):
     np.testing.assert_array_equal(np.array(kept["vector"], dtype=np.float32), found.vectors)
 
 
-def test_another_ending_or_no_pyarrow_is_said_before_any_work(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"vectors\.csv: expected a name that ends in \.npz or \.parquet"):
         embedding.writer_for(tmp_path / "vectors.csv")
+    with pytest.raises(FileNotFoundError, match=r"vectors\.npz: there is no folder .*absent"):
+        embedding.writer_for(tmp_path / "absent/vectors.npz")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"needs pyarrow: pip install -e '\.\[parquet\]'; \.npz needs nothing"):
         embedding.writer_for(tmp_path / "vectors.parquet")

@@ -97,6 +97,14 @@ def test_another_reading_of_the_same_weights_is_found(tmp_path):
     assert not golden.differences(XVLM.from_pretrained(tmp_path), tmp_path)[1]
 
 
+def test_weights_that_changed_are_found_however_little_they_say(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"temperature": state["temperature"] * 2}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors: changed since golden.safetensors was written"):
+        golden.differences(XVLM.from_pretrained(tmp_path), tmp_path)
+
+
 def test_goldens_that_are_missing_or_not_a_number(tmp_path):
     tiny.model().save_pretrained(tmp_path)
     model = XVLM.from_pretrained(tmp_path)
@@ -105,6 +113,9 @@ def test_goldens_that_are_missing_or_not_a_number(tmp_path):
     assert not golden.differences(model, tmp_path)[1]
     save_file({"matching": kept["matching"]}, tmp_path / golden.FILE)
     with pytest.raises(ValueError, match=r"golden.safetensors: holds .* but this model gives"):
+        golden.differences(model, tmp_path)
+    (tmp_path / golden.FILE).write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"golden.safetensors: not loaded, because it .* is damaged"):
         golden.differences(model, tmp_path)
     (tmp_path / golden.FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"no golden.safetensors; save_pretrained writes it"):

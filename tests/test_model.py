@@ -102,6 +102,14 @@ def test_images_are_projected_once_per_layer_whoever_asks():
         assert sum(projected) == 2 * len(model.cross.layers) * tokens
 
 
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_map_of_a_layer_that_is_not_there_is_refused(number):
+    model, batch = tiny.model(), tiny.batch()
+    concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
+    with pytest.raises(ValueError, match=f"keep_map {number}: the cross encoder has 2 layers, from 0 on"):
+        model.fuse(words, concepts, torch.arange(9), keep_map=number)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_attention_maps_are_kept_with_gradient(number):
     model, batch = tiny.model(), tiny.batch()

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from xvlm.config import ConfigError
 from xvlm.grounder import Method
 from xvlm.presence import Presence, WithPresence, _threshold, fit, log_odds
 from xvlm.tasks.pretraining import PretrainingConfig, Task
@@ -76,3 +77,6 @@ def test_it_is_stored_with_the_weights(tmp_path):
     presence = Presence(image=0.5, region=0.25, bias=-1.0, threshold=0.4)
     presence.save_pretrained(tmp_path)
     assert Presence.from_pretrained(tmp_path) == presence
+    (tmp_path / "presence.json").write_text('{"image": 0.5, "region": 0.25, "bias": "much", "threshold": 0.4}')
+    with pytest.raises(ConfigError, match=r"presence.json: bias: .* \(found 'much'\)"):
+        Presence.from_pretrained(tmp_path)

@@ -92,7 +92,11 @@ def test_the_present_schema_leaves_nothing_to_defaults(folder):
         (json.dumps({"model_type": "bert", "hidden_size": 768}), "no schema number"),
         (json.dumps(FIRST | {"schema": 99}), f"schema 99, this version reads 1 to {schema.PRESENT}"),
         (json.dumps(FIRST | {"schema": "1"}), "schema '1', this version reads"),
+        (json.dumps(FIRST | {"schema": 1.0}), "schema 1.0, this version reads"),
+        (json.dumps(FIRST | {"model": ["XVLM"]}), r"model \['XVLM'\], expected the name of a class"),
+        (json.dumps({"schema": schema.PRESENT}), "model None, expected the name of a class"),
         (json.dumps(FIRST | {"embed_dims": 8}), "unknown key 'embed_dims'; did you mean 'embed_dim'"),
+        (json.dumps(FIRST | {"text": FIRST["text"] | {"heads": 0}}), "text.heads: .* greater than or equal to 1"),
         (json.dumps(FIRST | {"embed_dim": "wide"}), r"embed_dim: .* \(found 'wide'\)"),
     ],
 )

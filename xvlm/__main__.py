@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from xvlm import hub
-from xvlm.config import ConfigError
+from xvlm.config import ConfigError, validate
 from xvlm.data.shards import BrokenSample
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -59,22 +59,28 @@ def ground(
     from xvlm.grounder import Grounder
     from xvlm.models.xvlm import XVLM
     from xvlm.presence import Presence, WithPresence
-    from xvlm.tasks.pretraining import PretrainingConfig, Task
+    from xvlm.tasks import grounding, pretraining
     from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig
 
+    if layer is not None and method != "gradcam":
+        raise ValueError("--layer is for --method gradcam")
     picture = Image.open(image).convert("RGB")
     folder = hub.locate(model)
     weights, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
-    _check_vocabulary(processor.vocab_size, weights.config.text.vocab_size)
+    _check_together(processor, weights.config)
     if method == "gradcam":
         middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
         way = GradCAM(GradCAMConfig(layer=middle if layer is None else layer), weights)
-    elif method == "box":
-        way = Task(PretrainingConfig(), weights)
-    else:
+    elif method != "box":
         raise ValueError(f"--method {method}: expected box or gradcam")
+    elif "box_head" not in weights.config.heads:
+        raise ValueError(f"{folder}: the model has no box_head; --method gradcam needs none")
+    elif "itm_head" in weights.config.heads:
+        way = pretraining.Task(pretraining.PretrainingConfig(), weights)
+    else:
+        way = grounding.Task(grounding.GroundingConfig(), weights)
     known = Presence.from_pretrained(folder)
-    if method == "box" and known is not None:
+    if isinstance(way, pretraining.Task) and known is not None:
         way = WithPresence(way, weights, known)
     grounder = Grounder(way, processor)
     grounder.set_image(picture)
@@ -131,10 +137,16 @@ def embed(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Write unit vectors of pictures and of boxes in them; pictures that cannot be read are named (status 1)."""
+    import torch
+
     from xvlm import embed as embedding
     from xvlm.data.processor import Processor
     from xvlm.models.xvlm import XVLM
 
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: torch cannot use it here: {str(error).splitlines()[0]}") from None
     write, images = embedding.writer_for(out), embedding.find_images(paths)
     asked = embedding.read_boxes(boxes, images) if boxes is not None else {}
     folder = hub.locate(model)
@@ -206,9 +218,10 @@ def convert(
         given = {
             key: converted.trained_with[key] for key in ("max_tokens", "max_words") if key in converted.trained_with
         }
-        config = ProcessorConfig.model_validate({"image_size": converted.config.vision.image_size, **given})
+        asked = {"image_size": converted.config.vision.image_size, **given}
+        config = validate(ProcessorConfig, asked, f"{file}, its config")
         processor = Processor.from_tokenizer(hub.locate(tokenizer) if tokenizer else file.parent, config)
-        _check_vocabulary(processor.vocab_size, converted.config.text.vocab_size)
+        _check_together(processor, converted.config)
     model = checkpoints.build(converted, file)
     typer.echo(f"{file}: {converted.kind}")
     for line in converted.lines():
@@ -250,8 +263,8 @@ def _verified(folder: str) -> bool:
 
     place = hub.locate(folder)
     model = checkpoints.load(place)
-    if (place / FILE).exists():
-        _check_vocabulary(Processor.from_pretrained(place).vocab_size, model.config.text.vocab_size)
+    if any((place / name).exists() for name in (FILE, "tokenizer.json")):  # one alone is half a processor
+        _check_together(Processor.from_pretrained(place), model.config)
     differences, near = golden.differences(model, place)
     for name, difference in differences.items():
         typer.echo(f"{name}: {difference:.1e}")
@@ -260,11 +273,16 @@ def _verified(folder: str) -> bool:
     return near
 
 
-def _check_vocabulary(tokenizer: int, model: int) -> None:
-    if tokenizer != model:
+def _check_together(processor, config) -> None:
+    """Whether a processor makes what the model with this configuration takes."""
+    tokenizer, embedding = processor.vocab_size, config.text.vocab_size
+    if tokenizer != embedding:
         raise ValueError(
-            f"the tokenizer has {tokenizer} words, the model's embedding {model}: they do not belong together"
+            f"the tokenizer has {tokenizer} words, the model's embedding {embedding}: they do not belong together"
         )
+    made, taken = processor.config.image_size, config.vision.image_size
+    if made != taken:
+        raise ValueError("the processor makes images of {} x {} pixels, the model takes {} x {}".format(*made, *taken))
 
 
 @data.command("pack")

@@ -187,7 +187,10 @@ def writer_for(file: Path) -> Callable[[Vectors, str, Path], None]:
 
     Raises:
         ValueError: another ending than ``.npz`` and ``.parquet``, or pyarrow is not installed, which the latter needs.
+        FileNotFoundError: no folder to write to.
     """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
     if file.suffix not in (".npz", ".parquet"):
         raise ValueError(f"{file}: expected a name that ends in .npz or .parquet")
     if file.suffix == ".npz":

@@ -24,8 +24,9 @@ from xvlm.data.processor import Processor
 from xvlm.data.records import Record, Region
 from xvlm.data.shards import Shards
 from xvlm.grounder import Method
+from xvlm.models.vision import regions_in_pixels
 from xvlm.models.xvlm import XVLM
-from xvlm.types import Concepts, Regions, Words
+from xvlm.types import Concepts, Words
 
 T = TypeVar("T")
 Numbers = dict[str, float]
@@ -363,7 +364,8 @@ def region_matching(
             continue
         image = torch.tensor([i for i, _ in boxed])
         stored = torch.tensor([[some[i].width, some[i].height] * 2 for i, _ in boxed])
-        regions = regions_of(torch.tensor([region.box_xyxy for _, region in boxed]) / stored, image, size)
+        within = torch.tensor([region.box_xyxy for _, region in boxed], dtype=torch.float64)
+        regions = regions_in_pixels(within * torch.tensor([size[1], size[0]] * 2) / stored, image, size)
         concepts = model.encode_image(images.to(device), regions.to(device))
         words = _encode_texts(model, processor, [region.descriptions[0] for _, region in boxed])
         region, text = (image[:, None] == image[None]).nonzero().to(device).unbind(1)
@@ -379,13 +381,6 @@ def _told_apart(processor: Processor, record: Record) -> list[Region]:
     named = _with_words(processor, record.regions, lambda region: region.descriptions[0], record)
     regions = list({region.descriptions[0].lower(): region for region in named}.values())
     return regions if len(regions) > 1 else []
-
-
-def regions_of(normalised_xyxy: Float[Tensor, "text 4"], image: Int[Tensor, "text"], size: tuple[int, int]) -> Regions:
-    """Regions from normalised boxes, for images resized to ``size`` (height, width)."""
-    pixels = normalised_xyxy * torch.tensor([size[1], size[0]] * 2)
-    whole = torch.zeros(len(image), dtype=torch.bool)
-    return Regions(image, boxes.xyxy_to_cxcywh(normalised_xyxy), boxes.xyxy_to_xywh(pixels), whole)
 
 
 # Shared.

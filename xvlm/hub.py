@@ -1,5 +1,6 @@
 """From a name to a folder of weights: a path, weights shipped inside the package, an installed package, or the hub."""
 
+import hashlib
 import importlib.util
 import os
 import tempfile
@@ -167,6 +168,14 @@ _CARD = """# {name}
 {config}
 ```
 """
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from xvlm import evaluate, hub, metrics
-from xvlm.config import Configured
+from xvlm import hub, metrics
+from xvlm.config import Configured, load_config
 from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor
 from xvlm.data.shards import Shards
 from xvlm.grounder import Method
+from xvlm.models.vision import regions_in_pixels
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Concepts, Grounded, Texts
 
@@ -38,9 +39,13 @@ class Presence(Configured):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Presence | None":
-        """What is stored with the weights in a folder; None where nothing was calibrated."""
+        """What is stored with the weights in a folder; None where nothing was calibrated.
+
+        Raises:
+            ConfigError: the file holds something else.
+        """
         file = folder / FILE
-        return cls.model_validate_json(file.read_text()) if file.exists() else None
+        return load_config(cls, file) if file.exists() else None
 
     def save_pretrained(self, folder: Path) -> None:
         hub.write_atomically(folder / FILE, self.model_dump_json(indent=2) + "\n")
@@ -63,8 +68,9 @@ def log_odds(
         concepts: encoded images; ``about`` says which of them each phrase is about.
         boxes_xyxy: normalised to the image.
     """
-    regions = evaluate.regions_of(boxes_xyxy.cpu(), about.cpu(), model.config.vision.image_size).to(about.device)
-    both = model.vision.with_regions(concepts, regions)
+    height, width = model.config.vision.image_size
+    pixels = boxes_xyxy.double() * boxes_xyxy.new_tensor([width, height] * 2)
+    both = model.vision.with_regions(concepts, regions_in_pixels(pixels, about, (height, width)))
     words = model.encode_text(texts)
     phrase = torch.arange(len(about), device=about.device)
     of, looked_at = phrase.repeat(2), torch.cat([about, len(concepts.row) + phrase])

@@ -98,7 +98,7 @@ class Processor:
 
         Raises:
             FileNotFoundError: none of them is there.
-            ValueError: what is there does not make a tokenizer.
+            ValueError: what is there does not make a tokenizer, or one that lacks special tokens.
         """
         from transformers import AutoTokenizer, BertTokenizer
 

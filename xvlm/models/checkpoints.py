@@ -5,7 +5,6 @@ An official file is a pickle of ``{"model": state dict, "config": the YAML it wa
 resized, or dropped for a reason.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from xvlm import hub
 from xvlm.models import convert, kinds, resize, schema
 from xvlm.models.decoder import Answerer, AnswererConfig, Captioner, CaptionerConfig
 from xvlm.models.kinds import Config, Kind
@@ -238,14 +238,10 @@ def card(name: str, source: Path, converted: Converted, model: Pretrained) -> st
     if converted.trained_with:
         plain = json.loads(json.dumps(converted.trained_with, default=str))  # only what YAML can say safely
         data = f"The configuration stored in the file:\n\n```yaml\n{yaml.safe_dump(plain)}```"
-    digest = hashlib.sha256()
-    with source.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
     kind = type(model).__name__
     home = "xvlm" if isinstance(model, XVLM) else type(model).__module__
     return _CARD.format(
-        kind=kind, home=home, name=name, about=about, file=source.name, digest=digest.hexdigest(), data=data
+        kind=kind, home=home, name=name, about=about, file=source.name, digest=hub.sha256(source), data=data
     )
 
 

@@ -5,17 +5,14 @@ which then are the concept: [CLS] in the place of the pooled token, the other wo
 ``models/model_generation.py`` and ``models/model_vqa.py``).
 """
 
-from typing import Annotated
-
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from xvlm.config import Configured
 from xvlm.models import convert, golden
 from xvlm.models.packing import Page
-from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder, View
+from xvlm.models.text import Count, CrossEncoder, TextConfig, TextEncoder, View
 from xvlm.models.vision import VisionConfig, VisionEncoder
 from xvlm.models.xvlm import XVLM, Pretrained, WordHead, initialise_like_bert, load_strictly
 from xvlm.types import Concepts, Regions, Texts, Words
@@ -117,7 +114,7 @@ class Captioner(Pretrained):
 class AnswererConfig(Configured):
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    decoder_layers: Annotated[int, Field(ge=1)] = 6
+    decoder_layers: Count = 6
 
 
 class Answerer(Pretrained):

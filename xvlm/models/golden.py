@@ -1,7 +1,8 @@
 """Golden outputs: what a model answers to a fixed input, kept beside its weights to prove that they load right.
 
 A file of weights may load without complaint and still be read differently: by another version of a library, with
-another configuration, on a machine that multiplies with fewer digits. The answers tell.
+another configuration, on a machine that multiplies with fewer digits. The answers tell. What a small change of the
+weights themselves would leave within the tolerance, the SHA-256 of their file tells.
 """
 
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from xvlm import hub
-from xvlm.types import Regions, Texts
+from xvlm.models import convert
+from xvlm.models.vision import regions_in_pixels
+from xvlm.types import Texts
 
 if TYPE_CHECKING:
     from xvlm.models.xvlm import Pretrained
 
 FILE = "golden.safetensors"
+WEIGHTS = "model.safetensors"
 TOLERANCE = 1e-4  # absolute, and relative where values are large; float32 on other processors differs by about 1e-5
 VOCABULARY_SAMPLE = 64
 
@@ -33,10 +38,9 @@ def outputs(model: "Pretrained") -> dict[str, Tensor]:
     channel, y, x = torch.meshgrid(torch.arange(3), torch.arange(height), torch.arange(width), indexing="ij")
     image = (3 * x + 5 * y + 70 * channel + x * y // 16) % 256 / 127.5 - 1
 
-    corners = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.5, 0.0, 0.25, 0.75]])  # left, top, width, height
-    size = torch.tensor([width, height, width, height])
-    centred = torch.cat([corners[:, :2] + corners[:, 2:] / 2, corners[:, 2:]], 1)
-    regions = Regions(torch.tensor([0, 0]), centred, corners * size, torch.tensor([False, False]))
+    corners = torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.5, 0.0, 0.75, 0.75]])  # left, top, right, bottom
+    boxes_xyxy = corners * torch.tensor([width, height, width, height])
+    regions = regions_in_pixels(boxes_xyxy, torch.tensor([0, 0]), (height, width))
 
     words = min(8, model.config.text.max_positions // 2)
     ids = 5 + torch.arange(2 * words).view(2, words) * 7919 % (model.config.text.vocab_size - 5)
@@ -51,10 +55,10 @@ def sample(logits: Float[Tensor, "row vocabulary"]) -> Float[Tensor, "row word"]
 
 
 def write(model: "Pretrained", folder: Path) -> None:
-    """Write a model's golden outputs into the folder it was loaded from."""
+    """Write a model's golden outputs, and which file of weights gave them, into the folder it was loaded from."""
     answers = {name: tensor.contiguous() for name, tensor in outputs(model).items()}
     with hub.replacing(folder / FILE) as unfinished:
-        save_file(answers, unfinished)
+        save_file(answers, unfinished, metadata={WEIGHTS: hub.sha256(folder / WEIGHTS)})
 
 
 def differences(model: "Pretrained", folder: Path) -> tuple[dict[str, float], bool]:
@@ -65,11 +69,16 @@ def differences(model: "Pretrained", folder: Path) -> tuple[dict[str, float], bo
 
     Raises:
         FileNotFoundError: the folder has no golden outputs.
-        ValueError: they are of another shape or another set than this version makes.
+        ValueError: the file is damaged, belongs to another file of weights, or holds another set of arrays or other
+            shapes than this version makes.
     """
     if not (folder / FILE).exists():
         raise FileNotFoundError(f"{folder}: no {FILE}; save_pretrained writes it")
-    expected, found = load_file(folder / FILE), outputs(model)
+    expected, found = convert.read_checkpoint(folder / FILE), outputs(model)
+    with safe_open(folder / FILE, "pt") as file:
+        weights = (file.metadata() or {}).get(WEIGHTS)  # the first folders do not say it
+    if weights not in (None, hub.sha256(folder / WEIGHTS)):
+        raise ValueError(f"{folder / WEIGHTS}: changed since {FILE} was written, its SHA-256 was {weights}")
     shapes, wanted = ({name: tuple(t.shape) for name, t in side.items()} for side in (found, expected))
     if shapes != wanted:
         raise ValueError(f"{folder / FILE}: holds {wanted}, but this model gives {shapes}")

@@ -73,12 +73,12 @@ def _read(folder: Path) -> Fields:
     number = fields.pop("schema", None) if isinstance(fields, dict) else None
     if number is None:
         raise ConfigError(f"{file}: no schema number, so save_pretrained did not write it")
-    if number not in range(1, PRESENT + 1):
+    if not isinstance(number, int) or not 1 <= number <= PRESENT:
         raise ConfigError(f"{file}: schema {number!r}, this version reads 1 to {PRESENT}")
     for older in range(number, PRESENT):
         fields = STEPS[older](fields)
-    if "model" not in fields:
-        raise ConfigError(f"{file}: missing model")
+    if not isinstance(fields.get("model"), str):
+        raise ConfigError(f"{file}: model {fields.get('model')!r}, expected the name of a class")
     return fields
 
 

@@ -20,6 +20,8 @@ from xvlm.config import Configured
 from xvlm.models.packing import Packing, Page
 from xvlm.types import Concepts, Texts, Words
 
+Count = Annotated[int, Field(ge=1)]
+
 
 class TextConfig(Configured):
     """Shape of the BERT stack; the defaults are bert-base-uncased as X-VLM uses it.
@@ -27,17 +29,17 @@ class TextConfig(Configured):
     roberta-base: ``vocab_size: 50265, max_positions: 514, position_offset: 2, token_types: 1, norm_eps: 1e-5``.
     """
 
-    vocab_size: int = 30522
-    dim: int = 768
-    heads: int = 12
-    feed_forward: int = 3072
-    text_layers: Annotated[int, Field(ge=1)] = 6  # the text encoder
-    cross_layers: Annotated[int, Field(ge=1)] = 6  # the cross encoder: these also look at the image
-    looks: Annotated[int, Field(ge=1)] = 1  # concepts a text looks at in turn, with a copy of each cross layer for each
-    max_positions: int = 512  # rows of the position table
-    position_offset: int = 0  # row of the first word; RoBERTa leaves the rows up to its padding id, 1, unused
-    token_types: int = 2
-    dropout: float = 0.1
+    vocab_size: Count = 30522
+    dim: Count = 768
+    heads: Count = 12
+    feed_forward: Count = 3072
+    text_layers: Count = 6  # the text encoder
+    cross_layers: Count = 6  # the cross encoder: these also look at the image
+    looks: Count = 1  # concepts a text looks at in turn, with a copy of each cross layer for each
+    max_positions: Count = 512  # rows of the position table
+    position_offset: Annotated[int, Field(ge=0)] = 0  # row of the first word; RoBERTa leaves those up to its padding id
+    token_types: Count = 2
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     norm_eps: float = 1e-12
 
     @model_validator(mode="after")
@@ -259,11 +261,13 @@ class CrossEncoder(nn.Module):
             States of the words asked for, question by question; their ``mask`` is ``only``.
 
         Raises:
-            ValueError: more or fewer concepts per question than the encoder's ``looks``.
+            ValueError: more or fewer concepts per question than the encoder's ``looks``; no layer ``keep_map``.
         """
         about = about if about.ndim == 2 else about[:, None]
         if about.shape[1] != self.looks:
             raise ValueError(f"questions about {about.shape[1]} concepts each, but text.looks is {self.looks}")
+        if keep_map is not None and keep_map not in range(len(self.layers)):
+            raise ValueError(f"keep_map {keep_map}: the cross encoder has {len(self.layers)} layers, from 0 on")
         page = Page.of(words.mask, causal=self.causal)
         x = self.layers[0].attention(words.states, page, words.states, page)
         if of is not None:

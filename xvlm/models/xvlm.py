@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from xvlm import boxes, hub
 from xvlm.config import Configured
 from xvlm.models import convert, golden, schema
-from xvlm.models.text import CrossEncoder, TextConfig, TextEncoder
+from xvlm.models.text import Count, CrossEncoder, TextConfig, TextEncoder
 from xvlm.models.vision import VisionConfig, VisionEncoder, regions_in_pixels
 from xvlm.types import Concepts, Regions, Texts, Words
 
@@ -31,7 +31,7 @@ class XVLMConfig(Configured):
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
-    embed_dim: int = 256  # of the space in which images and texts are compared
+    embed_dim: Count = 256  # of the space in which images and texts are compared
     temperature: float = 0.07
     # What of a text is embedded: its [CLS], as X-VLM does, or the mean of its words, for encoders that were trained so
     # (MiniLM and other sentence encoders, whose [CLS] is nearly the same for every text).

@@ -112,7 +112,7 @@ class Task(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.temperature.device
+        return next(self.parameters()).device
 
     def encode(self, images: Float[Tensor, "image 3 height width"]) -> Concepts:
         """What a grounder keeps of images, to be asked many times."""

@@ -45,6 +45,8 @@ class GradCAM(nn.Module):
 
     def __init__(self, config: GradCAMConfig, model: XVLM):
         super().__init__()
+        if "itm_head" not in model.config.heads:
+            raise ValueError("gradcam follows the matching head, and the model has no itm_head")
         layers = len(model.cross.layers)
         if config.layer >= layers:
             raise ValueError(f"gradcam.layer is {config.layer}, but the cross encoder has {layers} layers, from 0 on")
