@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -66,7 +65,7 @@ def _from_hub(name: str) -> Path:
 
 def digest(place: Path) -> str:
     """The first 16 digits of a SHA-256 over the names and bytes of a file, or of the files in a folder."""
-    total = sha256()
+    total = hashlib.sha256()
     for path in sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]:
         total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
