@@ -29,7 +29,7 @@ def folder(tmp_path):
     """Weights of a tiny model that knows the words of scenes, and their processor."""
     processor = Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig(image_size=32, max_tokens=16))
     text = tiny.TEXT.model_copy(update={"vocab_size": processor.vocab_size})
-    XVLM(tiny.CONFIG.model_copy(update={"text": text})).save_pretrained(tmp_path / "model")
+    tiny.model(tiny.CONFIG.model_copy(update={"text": text})).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -319,9 +319,9 @@ def test_a_processor_of_another_size_is_refused(monkeypatch, folder):
 
 def test_half_a_processor_is_refused(monkeypatch, folder):
     (folder / "tokenizer.json").rename(folder / "away")
-    assert "expected a tokenizer.json or a vocab.txt" in error_of(monkeypatch, "verify", folder)
+    assert f"{folder}: its tokenizer knows no words but" in error_of(monkeypatch, "verify", folder)
     (folder / "tokenizer.json").write_text("{")
-    assert f"{folder}: its tokenizer cannot be read" in error_of(monkeypatch, "verify", folder)
+    assert f"{folder}: no tokenizer can be made of its files" in error_of(monkeypatch, "verify", folder)
     (folder / "away").replace(folder / "tokenizer.json")
     (folder / "processor.json").unlink()
     assert "processor.json: no such configuration file" in error_of(monkeypatch, "verify", folder)

@@ -23,7 +23,7 @@ def decode_image(data: bytes) -> Image.Image:
             raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
         return _eight_bits(image).convert("RGB")
     except UnidentifiedImageError:
-        raise ValueError(f"image cannot be decoded ({len(data)} bytes): cannot identify its format") from None
+        raise ValueError(f"image cannot be decoded ({len(data)} bytes): of no known format") from None
     except Exception as error:  # decoders raise whatever the bytes make them trip over
         raise ValueError(f"image cannot be decoded ({len(data)} bytes): {error}") from None
 

@@ -113,6 +113,8 @@ class Processor:
             tokenizer = kind.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the library raises whatever the files make it trip over
             raise ValueError(f"{folder}: no tokenizer can be made of its files ({kind.__name__}): {error}") from None
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what is made where the vocabulary is missing
+            raise ValueError(f"{folder}: its tokenizer knows no words but {tokenizer.all_special_tokens}")
         return cls(config, tokenizer)
 
     @classmethod
