@@ -29,7 +29,7 @@ demo: $(BIN)/.installed
 test: $(BIN)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 slow: $(BIN)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3600

@@ -44,7 +44,14 @@ setup(
         "parquet": ["pyarrow>=17"],
         "track": ["tensorboard>=2.18"],
         "dev": [
-            *("pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.120", "beartype>=0.20", "ruff>=0.9"),
+            *(
+                "pytest>=8.3",
+                "pytest-timeout>=2.3",
+                "pytest-xdist>=3.6",
+                "hypothesis>=6.120",
+                "beartype>=0.20",
+                "ruff>=0.9",
+            ),
             "pyarrow>=17",
         ],
     },

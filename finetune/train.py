@@ -96,7 +96,7 @@ def dry(config: FinetuneRun) -> FinetuneRun:
     corpus = CorpusConfig(
         reader="scenes", out=out / "shards", splits={"train": 16, "test": 8}, scenes=scenes.SceneConfig(size=size)
     )
-    images = {"shards": [out / "shards/train"], "images": 4 * distributed.world().size, "workers": 0}
+    images = {"shards": [str(out / "shards/train")], "images": 4 * distributed.world().size, "workers": 0}
     changes = {
         "out": out,
         "corpus": corpus,

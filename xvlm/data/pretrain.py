@@ -334,7 +334,7 @@ class Stream(Dataset):
         first = n * self.config.images + (self.rank * self.turns + turn) * mine
         return range(first, first + mine)
 
-    def _stand_in(self, item: int) -> list[Sample]:
+    def _stand_in(self, item: int) -> list[Any]:
         """The next sample of the same turn with a text that can be used, if it is near."""
         later = chain.from_iterable(map(self._places, count(item + self.turns, self.turns)))
         for place in islice(later, STAND_INS):
@@ -344,7 +344,7 @@ class Stream(Dataset):
                     return [sample]
         return []
 
-    def _read(self, place: int) -> Sample:
+    def _read(self, place: int) -> Any:  # a Sample, or what a task makes of one
         source, epoch, index = self.order.at(place)
         rng = Random(f"{self.seed} {epoch} {index} {self.config.grain}{source}")
         return self.sample(place, source, *self._find(source, index), rng)
