@@ -10,8 +10,8 @@ import numpy as np
 import official
 import pytest
 import torch
+from reference import read, text_config, vision_config
 from safetensors.torch import load_file
-from test_parity import read, text_config, vision_config
 
 from xvlm.models import checkpoints, convert, golden, kinds, resize
 from xvlm.models.decoder import Answerer, Captioner
