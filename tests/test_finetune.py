@@ -76,7 +76,7 @@ def test_answers_belong_to_their_questions(folder, processor):
 
 def test_a_mirrored_image_has_mirrored_questions_and_answers(folder, processor):
     sample = vqa.Questions(stream_of(folder, "question", MIRRORED), processor, None, **PLACE).sample(
-        0, Shards(folder), 0, Random(0)
+        0, "", Shards(folder), 0, Random(0)
     )
     assert said(processor, sample.said[0].ids) == "where is the right star"
     assert [(said(processor, ids), weight) for ids, weight in sample.said[0].answers] == [
@@ -88,7 +88,7 @@ def test_a_mirrored_image_has_mirrored_questions_and_answers(folder, processor):
 def test_a_record_without_questions_is_named(folder, processor):
     questions = vqa.Questions(stream_of(folder, "question"), processor, None, **PLACE)
     with pytest.raises(BrokenSample, match="no question with an answer"):
-        questions.sample(1, Shards(folder), 1, Random(0))
+        questions.sample(1, "", Shards(folder), 1, Random(0))
 
 
 def test_the_answer_list(folder, tmp_path):
