@@ -214,7 +214,9 @@ def test_a_killed_run_continues_with_the_same_command(tmp_path):
 
 def test_an_interrupt_while_packing_ends_in_one_line(tmp_path):
     shards = tmp_path / "shards"
-    started = start(DEMO, f"out={tmp_path / 'run'}", f"corpus.out={shards}", "corpus.splits={train: 1000000}")
+    arguments = (DEMO, f"out={tmp_path / 'run'}", f"corpus.out={shards}", "corpus.splits={train: 1000000}")
+    # What a shell starts in the background ignores Ctrl-C, and so would what these tests start.
+    started = start(*arguments, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 100
     while not (shards / "train").exists():
         assert started.poll() is None, started.communicate()[1]
