@@ -361,8 +361,8 @@ class Speaker:
     # Two images
 
     def statements(self, other: "Speaker") -> list[tuple[str, bool]]:
-        """One or two sentences about this image (left) and another (right), true or false with equal chance."""
-        said = [self.statement(other, self.random.random() < 0.5) for _ in range(self.random.randint(1, 2))]
+        """Up to four sentences about this image (left) and another (right), true or false with equal chance."""
+        said = [self.statement(other, self.random.random() < 0.5) for _ in range(4)]
         return list(dict.fromkeys(filter(None, said)))
 
     def statement(self, other: "Speaker", label: bool) -> tuple[str, bool] | None:

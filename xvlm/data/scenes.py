@@ -27,7 +27,7 @@ from xvlm.data.scene_language import Speaker
 from xvlm.data.scene_language import vocabulary as vocabulary
 from xvlm.data.scene_words import COLOURS, HELD_OUT, SHAPES, SIZES, TEXTURES, Attributes, Layout, Thing
 
-VERSION = 1  # of what is drawn and said; raised when the same configuration gives other scenes
+VERSION = 2  # of what is drawn and said; raised when the same configuration gives other scenes
 Split = Literal["train", "val", "test"]
 Range = tuple[float, float]
 

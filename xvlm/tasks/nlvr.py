@@ -155,36 +155,37 @@ def arrange(
 
 @dataclass(frozen=True)
 class Said:
-    """A statement as ids, its truth, and pixels of the other image."""
+    """A statement as ids, its truth, and which of its record's ``others`` the second image is."""
 
     ids: list[int]
     true: bool
-    other: UInt8[Tensor, "3 height width"]
+    other: int
 
 
 @dataclass(frozen=True)
 class Left:
-    """A record's own image, which is the left one, and what is said about it and others."""
+    """A record's own image, which is the left one, the other images, and what is said about it and them."""
 
     record: Record
     source: str
     pixels: UInt8[Tensor, "3 height width"]
+    others: list[UInt8[Tensor, "3 height width"]]
     said: list[Said]
 
 
 class Pairs(Stream):
-    """Records to statements, at most ``max_regions`` of each; both images are augmented, each in its own way."""
+    """Records to statements, at most ``max_regions`` of each; every image is augmented once, in its own way."""
 
     def sample(self, place: int, source: str, shards: Shards, i: int, rng: Random) -> Left:
         record, image = read_image(shards, i)
         known = [statement for statement in record.statements if self.processor.has_words(statement.text)]
         if not known:
             raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "the record has no statement")
-        said = []
-        for statement in rng.sample(known, min(self.config.max_regions, len(known))):
-            other = self._look(read_image(shards, number_of(shards, i, record, statement.other))[1], rng)
-            said.append(Said(self.processor.encode(statement.text)[0], statement.label, other))
-        return Left(record, source or record.source, self._look(image, rng), said)
+        drawn = rng.sample(known, min(self.config.max_regions, len(known)))
+        names = list(dict.fromkeys(statement.other for statement in drawn))
+        others = [self._look(read_image(shards, number_of(shards, i, record, name))[1], rng) for name in names]
+        said = [Said(self.processor.encode(s.text)[0], s.label, names.index(s.other)) for s in drawn]
+        return Left(record, source or record.source, self._look(image, rng), others, said)
 
     def _look(self, image: Image.Image, rng: Random) -> UInt8[Tensor, "3 height width"]:
         size, resampling = self.processor.config.image_size, self.processor.config.resampling
@@ -192,9 +193,11 @@ class Pairs(Stream):
 
     def batch(self, texts: Sequence[tuple[Left, Said]], skipped: tuple[str, ...]) -> Statements:
         lefts = list({id(left): left for left, _ in texts}.values())
-        number = {id(left): n for n, left in enumerate(lefts)}
-        pixels = [left.pixels for left in lefts] + [said.other for _, said in texts]
-        about = [(number[id(left)], len(lefts) + n) for n, (left, _) in enumerate(texts)]
+        pixels, row = [left.pixels for left in lefts], {}
+        for number, left in enumerate(lefts):
+            row[id(left)] = (number, len(pixels))
+            pixels += left.others
+        about = [(row[id(left)][0], row[id(left)][1] + said.other) for left, said in texts]
         return Statements(
             images=self.processor.normalise(torch.stack(pixels)),
             texts=self.processor.pad([said.ids for _, said in texts]),
