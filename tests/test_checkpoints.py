@@ -488,3 +488,28 @@ def test_reference_arrays_through_a_file(goldens, tmp_path, case):
         text = model.embed_text(model.encode_text(texts))
     torch.testing.assert_close(image, torch.from_numpy(expected["img_image_feat"]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(text, torch.from_numpy(expected["img_text_feat"]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "table", "ours", "name"),
+    [
+        ("swin", "vision_encoder.layers.1.blocks.0.attn.relative_position_bias_table", None, "rel_4_6"),
+        ("vit", "vision_encoder.pos_embed", "vision.trunk.pos_embed", "pos_4_6"),
+        ("clip", "vision_encoder.pos_embed.weight", "vision.trunk.pos_embed", "pos_4_6"),
+        ("albef", "visual_encoder.pos_embed", "vision.trunk.pos_embed", "pos_4_6"),
+    ],
+)
+def test_tables_are_resized_to_the_reference_arrays(goldens, trunk, table, ours, name):
+    given, expected = (np.load(goldens / "load_interpolate" / file) for file in ("inputs.npz", "outputs.npz"))
+    if name not in expected:
+        pytest.skip(f"no table {name} in {goldens}")
+    given, expected = given[name], expected[name]
+    state = official.checkpoint(trunk=trunk)
+    given, expected = torch.from_numpy(given), torch.from_numpy(expected)
+    if ours:  # eight positions of the ViT's 64 dimensions are the reference's
+        state[table].view(-1, 64)[:, :8] = given[0]
+    else:
+        state[table], ours = given, "vision.trunk.layers.1.blocks.0.attn.relative_position_bias_table"
+    found = checkpoints.official(state, image_size=48).state[ours][..., : expected.shape[-1]]
+    # To the last bit of float32, which rounding in another linear algebra library may turn.
+    torch.testing.assert_close(found, expected, atol=1e-7, rtol=2e-7)
