@@ -14,6 +14,7 @@ from reference import read, text_config, vision_config
 from safetensors.torch import load_file
 
 from xvlm.models import checkpoints, convert, golden, kinds, resize
+from xvlm.models.card import text
 from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.xvlm import PRETRAINING_HEADS, XVLM
 from xvlm.types import Texts
@@ -180,7 +181,7 @@ def test_the_card_says_where_the_weights_come_from(tmp_path, state):
     torch.save({"model": state, "config": {"train_file": ["coco.json"], "odd": torch.zeros(1)}}, file)
     converted = checkpoints.read(file, image_size=48, task="vqa")
     model = checkpoints.build(converted, file)
-    card = checkpoints.card("mine", file, converted, model)
+    card = text(model, checkpoints.card(file, converted), "mine")
     parameters = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     for part in (
         "# mine",
@@ -487,36 +488,6 @@ def test_reference_arrays_through_a_file(goldens, tmp_path, case):
         text = model.embed_text(model.encode_text(texts))
     torch.testing.assert_close(image, torch.from_numpy(expected["img_image_feat"]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(text, torch.from_numpy(expected["img_text_feat"]), atol=1e-5, rtol=1e-4)
-
-
-LOADERS = {
-    "retrieval": "retrieval",
-    "bbox": "grounding",
-    "bbox_pretrain": "grounding",
-    "nlvr": "nlvr",
-    "nlvr_pretrain": "nlvr_pretraining",
-    "vqa": "vqa",
-    "captioning": "captioning",
-    "captioning_pretrain": "captioning",
-}
-
-
-@pytest.mark.parametrize("loader", LOADERS)
-def test_a_task_starts_as_the_reference_starts_it(goldens, loader):
-    source = read(goldens / "load_maps/load_maps.json")["tasks"][loader]["source"]
-    folder = goldens / "pretrain_swin"
-    state, shape = load_file(folder / "state.safetensors"), read(folder / "manifest.json")["text_config"]
-    started = checkpoints.official(state, heads=shape["num_attention_heads"], task=LOADERS[loader])
-    names = list(source)
-    numbered = {name: torch.tensor([i]) for i, name in enumerate(names)}
-    expected = convert.official(numbered, started.config.text.text_layers, started.config.text.looks)
-    assert expected.keys() == started.state.keys() | set(started.fresh)
-    for name, number in expected.items():
-        origin = source[names[number]]
-        if origin is None:
-            assert name in started.fresh
-        else:
-            assert torch.equal(started.state[name], state[origin]), name
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,14 @@ def test_export_writes_a_folder_that_loads_right_with_a_card(folder, tmp_path):
     assert "(float16)" in lines_of("export", run, out, "--half", "--data", "Scenes.", "--licence", "MIT")[-1]
     assert lines_of("verify", out)[-1].endswith("loads right")
     card = (out / "README.md").read_text()
-    for part in ("# shared", "## Data\n\nScenes.", "## Licence\n\nMIT", "| seen | mean_iou | 0.500 |", "out: here"):
+    for part in (
+        "# shared",
+        "## Data\n\nScenes.",
+        "## Licence\n\nMIT",
+        "| seen | mean_iou | 0.500 |",
+        "out: here",
+        "license: mit",
+    ):
         assert part in card
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,13 +80,12 @@ def test_bfloat16_losses_are_near(tower, monkeypatch):
     assert torch.nn.functional.cosine_similarity(exact, near, dim=0) > 0.99
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("tower", TOWERS)
-def test_compiled_encoders_have_no_breaks_and_do_not_compile_again_each_step(tower, checkpointed):
-    # In a process of its own: the shape checks around every function here are no part of what is compiled.
+def compiled(tower: str, *options: str) -> dict:
+    """What ``compiled.py`` prints. In a process of its own: the shape checks around every function here are no part of
+    what is compiled.
+    """
     run = subprocess.run(
-        [sys.executable, "compiled.py", TOWERS[tower].model_dump_json(), *["checkpoint"] * checkpointed],
+        [sys.executable, "compiled.py", TOWERS[tower].model_dump_json(), *options],
         cwd=Path(__file__).parent,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
@@ -93,8 +93,25 @@ def test_compiled_encoders_have_no_breaks_and_do_not_compile_again_each_step(tow
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_compiled_encoders_have_no_breaks_and_do_not_compile_again_each_step(tower, checkpointed):
+    found = compiled(tower, *["checkpoint"] * checkpointed)
     assert found["breaks"] == {}
-    assert found["difference"] < 1e-4
+    assert max(found["losses"], found["gradients"]) < 1e-4
     # The trunk, self-attention of all words and of those asked for, cross-attention, feed-forward; then no more.
     assert found["graphs"] == [5] * len(found["graphs"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a C++ compiler is at work
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("tower", TOWERS)
+def test_compiled_losses_are_those_of_plain_float32(tower):
+    exact = compiled(tower, "inductor")
+    assert max(exact["losses"], exact["gradients"]) < 1e-4
+    assert compiled(tower, "inductor", "checkpoint", "bf16")["losses"] < 0.02

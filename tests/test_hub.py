@@ -54,28 +54,26 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert file.read_text() == "old"
 
 
-def test_the_card_names_scores_and_provenance():
-    results = {"commit": "abc", "seed": 3, "seen/trained/mean_iou": 0.5, "seen/trained/chance_mean_iou": 0.1}
-    card = hub.model_card("tiny", "10 parameters.", results, "steps: 3")
-    assert "| commit | abc |" in card and "| seen | mean_iou | 0.500 |" in card and "steps: 3" in card
-    assert "chance" not in card
-    assert "## Licence\n\nNot stated." in card and "What `corpus`, `streams` and `init` name" in card
-    told = hub.model_card("tiny", "10 parameters.", results, "steps: 3", data="Photographs.", licence="MIT")
-    assert "## Data\n\nPhotographs.\n" in told and "## Licence\n\nMIT\n" in told
-
-
 class Api:
     """Stands for the hub: keeps what it is sent."""
 
     repositories: dict = {}
+    cards: dict = {}  # what somebody wrote there, by repository
 
     def create_repo(self, name, *, private, exist_ok):
         assert exist_ok
         self.repositories.setdefault(name, (private, set()))
         return f"https://hub/{name}"
 
-    def upload_folder(self, *, repo_id, folder_path):
-        self.repositories[repo_id][1].update(file.name for file in Path(folder_path).iterdir())
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
+        files = {file.name for file in Path(folder_path).iterdir()}
+        self.repositories[repo_id][1].update(files - set(ignore_patterns or []))
+
+    def file_exists(self, name, file):
+        return name in self.cards
+
+    def hf_hub_download(self, name, file):
+        return self.cards[name]
 
 
 def test_a_model_and_its_processor_share_a_repository(monkeypatch):
@@ -85,6 +83,24 @@ def test_a_model_and_its_processor_share_a_repository(monkeypatch):
     private, files = Api.repositories["org/mine"]
     assert private
     assert {"config.json", "model.safetensors", "golden.safetensors", "processor.json", "tokenizer.json"} <= files
+    assert "README.md" in files
+
+
+def test_a_card_that_somebody_wrote_on_the_hub_stays(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    ours, theirs, folder = tmp_path / "ours.md", tmp_path / "theirs.md", tmp_path / "mine"
+    ours.write_text(hub.signed("# Made"))
+    theirs.write_text("# Written with care")
+    Api.cards = {"org/theirs": theirs, "org/ours": ours}
+    folder.mkdir()
+    (folder / "README.md").write_text(hub.signed("# Made again"))
+    for name, goes in (("org/theirs", False), ("org/ours", True), ("org/new", True)):
+        hub.push(folder, name)
+        assert ("README.md" in Api.repositories[name][1]) is goes
+    assert "org/theirs: its README.md is kept" in caplog.text
+    (folder / "README.md").write_text("# Written as well")
+    hub.push(folder, "org/theirs")
+    assert "README.md" in Api.repositories["org/theirs"][1]
 
 
 def test_a_push_that_cannot_be_is_explained(tmp_path):

@@ -102,6 +102,37 @@ def test_images_are_projected_once_per_layer_whoever_asks():
         assert sum(projected) == 2 * len(model.cross.layers) * tokens
 
 
+@pytest.mark.parametrize(
+    ("about", "of", "message"),
+    [
+        ([0, 12], [0, 1], "about: 12 of 12 concepts, which are numbered from 0 on"),
+        ([-1, 0], [0, 1], "about: -1 of 12 concepts"),
+        ([0, 1], [0, 9], "of: 9 of 9 texts"),
+        ([0, 1, 2], [0, 1], "about names the concepts of 3 questions, but there are 2"),
+        ([0, 1], None, "about names the concepts of 2 questions, but there are 9"),
+    ],
+)
+def test_questions_about_what_is_not_there_are_refused(about, of, message):
+    model, batch = tiny.model(), tiny.batch()
+    concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
+    with pytest.raises(ValueError, match=message):
+        model.fuse(words, concepts, torch.tensor(about), None if of is None else torch.tensor(of))
+
+
+def test_nothing_asked_is_nothing_answered():
+    model, batch = tiny.model(), tiny.batch()
+    concepts, words = model.encode_image(batch.images, batch.regions), model.encode_text(batch.texts)
+    none = torch.zeros(0, dtype=torch.long)
+    assert model.match(model.fuse(words, concepts, none, none)).shape == (0, 2)
+    unwanted = model.fuse(words, concepts, torch.arange(9), only=torch.zeros_like(words.mask))
+    assert unwanted.states.shape == (0, 16)
+    empty = Texts(batch.texts.ids[:0], batch.texts.mask[:0])
+    assert model.embed_text(model.encode_text(empty)).shape == (0, 8)
+    assert model.embed_regions(batch.images[0], torch.zeros(0, 4)).shape == (0, 8)
+    with pytest.raises(ValueError, match="there are no images to encode"):
+        model.encode_image(batch.images[:0])
+
+
 @pytest.mark.parametrize("number", [-1, 2])
 def test_a_map_of_a_layer_that_is_not_there_is_refused(number):
     model, batch = tiny.model(), tiny.batch()

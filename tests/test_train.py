@@ -1,13 +1,17 @@
 """The loop: continuing a run repeats the uninterrupted one to the bit; bad states and bad losses are loud."""
 
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import signal
+import socket
 
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 
 from xvlm import engine, runlog, states, train
 from xvlm.config import ConfigError, Configured
@@ -266,8 +270,64 @@ def test_a_loss_that_is_not_finite_names_itself_and_the_records(tmp_path):
             batch.images[0] = float("nan")
             yield batch
 
-    with pytest.raises(FloatingPointError, match=r"caption/itc.*nan.*'r0', 'r1', 'r2'"):
+    with pytest.raises(FloatingPointError, match=r"caption/itc.*nan.*process 0's .*'r0', 'r1', 'r2'"):
         run(tmp_path / "run", streams={"caption": poisoned})
+
+
+def in_group(work, out, rank: int, world: int, port: int) -> None:
+    """Work in a process of a group; what it fails of goes to ``out``."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the tests before
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"ACCELERATE_USE_CPU": "true"}
+    try:
+        work(rank)
+    except FloatingPointError as error:
+        (out / f"error.{rank}").write_text(str(error))
+        os._exit(3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_of_them(tmp_path, accumulate):
+    def poisoned(rank: int):
+        def opened(start):
+            for n, batch in enumerate(STREAMS["region"](start)):
+                if rank == 1 and n == 3 * accumulate - 1:  # the last turn of the third step
+                    batch.regions.boxes_cxcywh[:] = float("nan")
+                yield batch
+
+        return opened
+
+    def work(rank: int) -> None:
+        run(tmp_path / "run", streams={"region": poisoned(rank)}, accumulate=accumulate)
+
+    (tmp_path / "run").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    group = [fork.Process(target=in_group, args=(work, tmp_path, rank, 2, port)) for rank in (0, 1)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(100)
+    assert [process.exitcode for process in group] == [1, 3]
+    said = (tmp_path / "error.1").read_text()
+    assert re.search(r"region/box_l1': nan.* on process 1's batches with records {'region': \('r0', 'r1'", said), said
+    assert states.states(tmp_path / "run")[0].name == "00000002"
+
+
+def test_a_gradient_that_is_not_finite_names_the_records(tmp_path, monkeypatch):
+    whole = Task.forward
+
+    def forward(task, batches):
+        losses = whole(task, batches)
+        name, loss = next(iter(losses.items()))
+        return losses | {name: loss + 0 * (task.model.temperature - task.model.temperature.detach()).sqrt()}
+
+    monkeypatch.setattr(Task, "forward", forward)
+    with pytest.raises(FloatingPointError, match=r"the gradient's norm is nan after process 0's batches .*'r0', 'r1'"):
+        run(tmp_path / "run", streams={"caption": STREAMS["caption"]})
+    assert states.states(tmp_path / "run") == []
 
 
 def test_one_batch_can_be_learned_by_heart(tmp_path):

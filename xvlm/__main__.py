@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -169,25 +170,24 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where the weights go; its name becomes the model's.")],
     half: Annotated[bool, typer.Option(help="Store float16: half the size.")] = False,
     data_used: Annotated[str, typer.Option("--data", help="For the card: what it was trained on, in words.")] = "",
-    licence: Annotated[str, typer.Option(help="For the card.")] = "",
+    licence: Annotated[str, typer.Option(help="For the card: a name (BSD-3-Clause), or words.")] = "",
+    language: Annotated[list[str] | None, typer.Option(help="For the card, of the texts: en.")] = None,
 ) -> None:
     """Write a run's model as a folder to share: weights, processor, and a card with data, licence and numbers."""
     import torch
 
     from xvlm.data.processor import Processor
-    from xvlm.models.xvlm import XVLM
+    from xvlm.models import checkpoints
+    from xvlm.run import card
 
-    results = json.loads((run / "results.json").read_text())
-    model = XVLM.from_pretrained(run / "model")
-    model.save_pretrained(folder, dtype=torch.float16 if half else torch.float32)
+    stored, known = "float16" if half else "float32", card(run)
+    said = {"about": f"Stored as {stored}.", "licence": licence, "languages": tuple(language or [])}
+    said["data"] = "\n\n".join(filter(None, [data_used, known.data]))
+    model = checkpoints.load(run / "model")
+    model.save_pretrained(folder, dtype=getattr(torch, stored), card=replace(known, **said))
     Processor.from_pretrained(run / "model").save_pretrained(folder)
     size = (folder / "model.safetensors").stat().st_size / 1e6
-    parameters = sum(p.numel() for p in model.parameters())
-    about = f"{parameters:,} parameters, {size:.1f} MB ({'float16' if half else 'float32'})."
-    config = (run / "config.yaml").read_text()
-    card = hub.model_card(folder.name, about, results, config, data=data_used, licence=licence)
-    hub.write_atomically(folder / "README.md", card)
-    typer.echo(f"{folder}: {about}")
+    typer.echo(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters, {size:.1f} MB ({stored})")
 
 
 @app.command()
@@ -226,8 +226,7 @@ def convert(
     typer.echo(f"{file}: {converted.kind}")
     for line in converted.lines():
         typer.echo(line)
-    model.save_pretrained(folder)
-    hub.write_atomically(folder / "README.md", checkpoints.card(folder.name, file, converted, model))
+    model.save_pretrained(folder, card=checkpoints.card(file, converted))
     if processor is None:
         typer.echo("no tokenizer: give one with --tokenizer before the folder is used with texts")
     else:

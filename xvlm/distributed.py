@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -166,6 +166,15 @@ def share_of_mean(count: Float[Tensor, ""]) -> Float[Tensor, ""]:
     elif world().size > 1:
         dist.all_reduce(total)
     return world().size / total.clamp(min=1)
+
+
+def anywhere(so: Bool[Tensor, ""]) -> bool:
+    """Whether something is so on any process."""
+    if _processes().size == 1:
+        return bool(so)
+    count = so.float()
+    dist.all_reduce(count)
+    return bool(count)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -2,13 +2,17 @@
 
 import hashlib
 import importlib.util
+import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 SHIPPED = Path(__file__).parent / "weights"
+CARD = "README.md"
+
+logger = logging.getLogger(__name__)
 
 
 def shipped() -> list[str]:
@@ -64,9 +68,10 @@ def _from_hub(name: str) -> Path:
 
 
 def digest(place: Path) -> str:
-    """The first 16 digits of a SHA-256 over the names and bytes of a file, or of the files in a folder."""
+    """The first 16 digits of a SHA-256 over the names and bytes of a file, or of the files in a folder but its card."""
     total = hashlib.sha256()
-    for path in sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]:
+    files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+    for path in [path for path in files if path.name != CARD]:
         total.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while part := file.read(1 << 22):
@@ -76,6 +81,8 @@ def digest(place: Path) -> str:
 
 def push(folder: Path | str, name: str, *, private: bool = False) -> str:
     """Upload a folder's files to the repository ``org/name`` of the hub, made where it does not exist.
+
+    A card that somebody wrote or edited there is not replaced by one that :func:`signed` made.
 
     Returns:
         The address of the repository.
@@ -92,10 +99,19 @@ def push(folder: Path | str, name: str, *, private: bool = False) -> str:
     try:
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder)
+        card = Path(folder) / CARD
+        ours = card.exists() and _ours(card)
+        kept = ours and api.file_exists(name, CARD) and not _ours(api.hf_hub_download(name, CARD))
+        if kept:
+            logger.warning("%s: its %s is kept, because it was written or edited by hand", name, CARD)
+        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[CARD] if kept else None)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
         raise OSError(f"{name}: not pushed to the hub: {' '.join(str(error).split())}") from None
     return str(address)
+
+
+def _ours(card: Path | str) -> bool:
+    return is_signed(Path(card).read_text(encoding="utf-8"))
 
 
 def push_saved(save: Callable[[str], None], name: str, *, private: bool = False) -> str:
@@ -105,68 +121,19 @@ def push_saved(save: Callable[[str], None], name: str, *, private: bool = False)
         return push(folder, name, private=private)
 
 
-def model_card(
-    name: str, about: str, results: Mapping[str, object], config: str, *, data: str = "", licence: str = ""
-) -> str:
-    """A README for a folder of weights: what it is, its data and licence, what it scores, how it was made.
-
-    Args:
-        results: a run's ``results.json``: facts, and numbers under ``slice/stage/measure``.
-        config: the run's configuration, YAML.
-        data, licence: in words; where they are left out, the card says where to look.
-    """
-    facts = [f"| {key} | {value} |" for key, value in results.items() if "/" not in key]
-    scores = [
-        f"| {key.replace('/trained/', ' | ')} | {value:.3f} |"
-        for key, value in results.items()
-        if "/trained/" in key and "chance" not in key and isinstance(value, float)
-    ]
-    return _CARD.format(
-        name=name,
-        about=about,
-        data=data or "What `corpus`, `streams` and `init` name in the configuration below.",
-        licence=licence or "Not stated. Those of the data and of weights it started from may have a say.",
-        facts="\n".join(facts),
-        scores="\n".join(scores),
-        config=config.strip(),
-    )
+def signed(text: str) -> str:
+    """A text with a last line by which it is known that nobody changed it since."""
+    return f"{text}\n{_signature(text)}\n"
 
 
-_CARD = """# {name}
+def is_signed(text: str) -> bool:
+    """Whether :func:`signed` made a text, and nobody changed it."""
+    body, _, last = text.removesuffix("\n").rpartition("\n")
+    return last == _signature(body)
 
-{about} A multi-grained vision-language model (X-VLM, arXiv 2111.08276) for the xvlm library:
 
-    from xvlm import XVLM, Processor
-    model, processor = XVLM.from_pretrained("{name}"), Processor.from_pretrained("{name}")
-
-## Data
-
-{data}
-
-## Licence
-
-{licence}
-
-## How it was made
-
-`accelerate launch pretrain/train.py` with the configuration below, then `xvlm export`.
-
-| | |
-| --- | --- |
-{facts}
-
-## What it scores, on held-out records
-
-| slice | measure | value |
-| --- | --- | --- |
-{scores}
-
-## Configuration
-
-```yaml
-{config}
-```
-"""
+def _signature(text: str) -> str:
+    return f"<!-- written by xvlm, {hashlib.sha256(text.encode()).hexdigest()[:16]}: kept once it is edited -->"
 
 
 def sha256(path: Path) -> str:

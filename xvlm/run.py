@@ -1,5 +1,6 @@
 """What every training script does around its task: the command line, the run's folder, its corpus, a good end."""
 
+import json
 import os
 import sys
 import tempfile
@@ -8,14 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from xvlm import distributed, probe, train
+from xvlm import distributed, probe, runlog, train
 from xvlm.config import ConfigError, Configured, dump_config, load_config
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.pretrain import StreamConfig, UnusableData, locate
 from xvlm.data.processor import Processor
+from xvlm.models import checkpoints
+from xvlm.models.card import Card, table, write_card
 from xvlm.models.xvlm import Pretrained
 from xvlm.optim import OptimConfig
 from xvlm.train import TrainConfig
+
+FACTS = ("commit", "seed", "machine", "torch", "device", "minutes")  # of a result, how it came about
 
 
 class RunConfig(Configured):
@@ -50,6 +55,9 @@ def command(kind: type[Run], work: Callable[[Run, bool], None], arguments: Seque
     if dry := "--dry-run" in flags:
         config = config.model_copy(update={"train": config.train.model_copy(update={"trackers": []})})
     work(config, dry)
+    weights = config.out / "model"
+    if not dry and distributed.world().rank == 0 and weights.is_dir():  # now that the numbers are known
+        write_card(checkpoints.load(weights), weights, card(config.out))
 
 
 def script(main: Callable[[list[str]], None]) -> None:
@@ -96,10 +104,43 @@ def prepare(config: RunConfig, streams: Iterable[StreamConfig | None]) -> None:
 
 
 def keep(model: Pretrained, processor: Processor, folder: Path) -> None:
-    """Weights and their processor, in a folder that ``from_pretrained`` reads; the first process writes it."""
+    """Weights and their processor, for ``from_pretrained``, in a folder of the run; the first process writes it."""
     if distributed.world().rank == 0:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, card=card(folder.parent))
         processor.save_pretrained(folder)
+
+
+def card(out: Path) -> Card:
+    """What a run's folder tells by now of the weights in it: what they saw, how they were made, what was measured."""
+    facts, numbers, when = {}, {}, "At the end of the run"
+    for file in sorted(out.glob("results*.json")):
+        result = json.loads(file.read_text())
+        facts |= {key: result[key] for key in FACTS if key in result}
+        numbers |= {key.replace("/trained/", "/"): value for key, value in result.items() if "/trained/" in key}
+        numbers |= {f"{result.get('split')}/{key}": value for key, value in result.get("numbers", {}).items()}
+    if not numbers and (lines := runlog.read_log(out, "validation.jsonl")):
+        when, numbers = f"At step {lines[-1].pop('step')}", lines[-1]
+    if not facts and (commits := out / "commits.txt").exists():
+        facts = {"commit": ", ".join(commits.read_text().split())}
+    measured = [
+        [*key.split("/", 1), f"{value:.3f}"]
+        for key, value in numbers.items()
+        if isinstance(value, float) and "chance" not in key
+    ]
+    seen = next((line["seen"] for line in reversed(runlog.read_log(out)) if "seen" in line), {})
+    counts = []
+    for name, count in sorted(seen.items()):  # stream/source/what
+        stream, _, rest = name.partition("/")
+        source, _, what = rest.rpartition("/")
+        counts.append([stream, source, what, f"{count:,}"])
+    config = (out / "config.yaml").read_text().strip()
+    origin = ["A training run, with this configuration:", f"```yaml\n{config}\n```"]
+    return Card(
+        origin="\n\n".join([table(["", ""], [[*fact] for fact in facts.items()])] * bool(facts) + origin),
+        data=f"Seen in training:\n\n{table(['stream', 'source', 'what', 'times'], counts)}" if counts else "",
+        datasets=tuple(sorted({source for _, source, _, _ in counts})),
+        numbers=f"{when}, on held-out records:\n\n{table(['slice', 'measure', 'value'], measured)}" if measured else "",
+    )
 
 
 def dry_folder() -> Path:

@@ -130,11 +130,11 @@ class Best:
         numbers = distributed.gather_objects(validation.measure())[0]
         if self.number is not None and self.number not in numbers:
             raise ConfigError(f"train.best: {self.number!r} is not measured; there are {', '.join(sorted(numbers))}")
+        if self.accelerator.is_main_process:
+            _append(self.path, {"step": step} | numbers)
         if self.number is not None and numbers[self.number] > self.value:
             self.value = numbers[self.number]
             validation.keep(self.out / "best")
-        if self.accelerator.is_main_process:
-            _append(self.path, {"step": step} | numbers)
         self.accelerator.log({f"validation/{name}": value for name, value in numbers.items()}, step=step)
 
 

@@ -150,7 +150,8 @@ def fit(
 
     Raises:
         Interrupted: after SIGTERM or Ctrl-C; the state is saved.
-        FloatingPointError: a loss that is not finite, by name, with the records of the batch.
+        FloatingPointError: a loss that is not finite, by name, with the records of the batch, or such a gradient. The
+            processes that saw it raise it; the others leave (``SystemExit``).
         ConfigError: ``best`` is not among the numbers of the validation; see also :class:`Engine`.
     """
     task.train()
@@ -226,17 +227,27 @@ def _update(
             with turns.speak(turn):
                 losses = losses_of(part)
             total = sum(losses.values())
-            if not torch.isfinite(total):
+            # All processes ask, else the others would wait for the one that left.
+            if distributed.anywhere(~(finite := torch.isfinite(total))):
+                if finite:
+                    raise SystemExit(1)
                 values = {name: float(loss.detach()) for name, loss in losses.items()}
-                ids = {stream: batch.ids[:8] for stream, batch in part.items()}
-                raise FloatingPointError(f"losses {values} on the batches with records {ids}")
+                raise FloatingPointError(f"losses {values} on {_whose(part)}")
             accelerator.backward(total / len(parts))
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + loss.detach() / len(parts)
-    norm = accelerator.clip_grad_norm_(model.parameters(), optim.clip)
+    norm = torch.as_tensor(accelerator.clip_grad_norm_(model.parameters(), optim.clip))
+    if accelerator.mixed_precision != "fp16" and not torch.isfinite(norm):  # its scaler leaves such an update out
+        whose = "; ".join(_whose(part) for part in parts)
+        raise FloatingPointError(f"the gradient's norm is {float(norm)} after {whose}")
     optimizer.step()
     optimizer.zero_grad()
-    return sums | {"gradient_norm": torch.as_tensor(norm)}
+    return sums | {"gradient_norm": norm}
+
+
+def _whose(part: dict[str, Movable]) -> str:
+    ids = {stream: batch.ids[:8] for stream, batch in part.items()}
+    return f"process {distributed.world().rank}'s batches with records {ids}"
 
 
 def _profiler(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xvlm import hub
 from xvlm.models import convert, kinds, resize, schema
+from xvlm.models.card import Card
 from xvlm.models.decoder import Answerer, AnswererConfig, Captioner, CaptionerConfig
 from xvlm.models.kinds import Config, Kind
 from xvlm.models.xvlm import XVLM, Pretrained, load_strictly, misfits
@@ -226,47 +227,22 @@ def _check_tied(state: State, config: Config) -> None:
             raise ValueError(f"{name} differs from {first}, to which it should be tied")
 
 
-def card(name: str, source: Path, converted: Converted, model: Pretrained) -> str:
-    """A README for the folder: where the weights come from, on what they were trained, their licence, what is known."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    about = f"{parameters:,} parameters, images of {converted.config.vision.image_size[0]} pixels."
+def card(source: Path, converted: Converted) -> Card:
+    """What a converted file says of itself."""
+    about = ""
     if converted.resized:
-        about += f" {len(converted.resized)} position tables were resized: fine-tune before comparing numbers."
+        about += f"{len(converted.resized)} position tables were resized: fine-tune before comparing numbers. "
     if converted.fresh:
-        about += f" {len(converted.fresh)} tensors started fresh: to be trained before use."
+        about += f"{len(converted.fresh)} tensors started fresh: to be trained before use."
     data = "The file does not say what it was trained on."
     if converted.trained_with:
         plain = json.loads(json.dumps(converted.trained_with, default=str))  # only what YAML can say safely
         data = f"The configuration stored in the file:\n\n```yaml\n{yaml.safe_dump(plain)}```"
-    kind = type(model).__name__
-    home = "xvlm" if isinstance(model, XVLM) else type(model).__module__
-    return _CARD.format(
-        kind=kind, home=home, name=name, about=about, file=source.name, digest=hub.sha256(source), data=data
+    return Card(
+        about=about.strip(),
+        origin=f"`xvlm convert` made it from the official checkpoint `{source.name}`, SHA-256 `{hub.sha256(source)}`.",
+        data=data,
+        licence="That of the checkpoint. The repositories of X-VLM and ALBEF, which link the official ones, are under "
+        "BSD-3-Clause.",
+        numbers="None were measured after the conversion; published ones are those of the fine-tuned models.",
     )
-
-
-_CARD = """# {name}
-
-{about} A multi-grained vision-language model (X-VLM, arXiv 2111.08276) for the xvlm library:
-
-    from xvlm import Processor
-    from {home} import {kind}
-    model, processor = {kind}.from_pretrained("{name}"), Processor.from_pretrained("{name}")
-
-## Where it comes from
-
-`xvlm convert` made it from the official checkpoint `{file}`, SHA-256 `{digest}`.
-
-## Data
-
-{data}
-
-## Licence
-
-That of the checkpoint. The repositories of X-VLM and ALBEF, which link the official ones, are under BSD-3-Clause.
-
-## Numbers
-
-None were measured after the conversion; published ones are those of the fine-tuned models. `golden.safetensors` holds
-what the weights answered when they were converted: `xvlm verify` compares.
-"""

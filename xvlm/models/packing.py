@@ -51,13 +51,13 @@ class Page:
     @classmethod
     def of(cls, mask: Bool[Tensor, "sequence slot"], *, causal: bool = False) -> "Page":
         lengths = mask.sum(1).tolist()
-        room, used, number, groups = max(lengths), 0, 0, []
+        room, used, number, groups = max(lengths, default=0), 0, 0, []
         for length in lengths:
             if used + length > room:
                 number, used = number + 1, 0
             used += length
             groups.append(number)
-        group = torch.tensor(groups, device=mask.device)
+        group = torch.tensor(groups, dtype=torch.long, device=mask.device)
         sequence, slot = mask.nonzero().unbind(1)
         return cls(sequence, Packing.by(group[sequence], number + 1), group, slot if causal else None)
 

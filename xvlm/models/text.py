@@ -261,13 +261,20 @@ class CrossEncoder(nn.Module):
             States of the words asked for, question by question; their ``mask`` is ``only``.
 
         Raises:
-            ValueError: more or fewer concepts per question than the encoder's ``looks``; no layer ``keep_map``.
+            ValueError: more or fewer concepts per question than the encoder's ``looks``; not as many ``about`` as texts
+                or ``of``; no layer ``keep_map``. On the CPU, a number of a text or concept that there is not: elsewhere
+                to look would be to wait for the device, whose own check stops it.
         """
         about = about if about.ndim == 2 else about[:, None]
         if about.shape[1] != self.looks:
             raise ValueError(f"questions about {about.shape[1]} concepts each, but text.looks is {self.looks}")
         if keep_map is not None and keep_map not in range(len(self.layers)):
             raise ValueError(f"keep_map {keep_map}: the cross encoder has {len(self.layers)} layers, from 0 on")
+        _check_numbers("about", about, len(concepts.pooled), "concepts")
+        if of is not None:
+            _check_numbers("of", of, len(words.mask), "texts")
+        if len(about) != (questions := len(words.mask if of is None else of)):
+            raise ValueError(f"about names the concepts of {len(about)} questions, but there are {questions}")
         page = Page.of(words.mask, causal=self.causal)
         x = self.layers[0].attention(words.states, page, words.states, page)
         if of is not None:
@@ -288,3 +295,8 @@ class CrossEncoder(nn.Module):
             mixed = layer.cross_attention(asking, view[look], keys, keep_map=number == keep_map)
             x = layer.feed_forward(mixed)
         return Words(x, words.mask if only is None else only)
+
+
+def _check_numbers(name: str, numbers: Int[Tensor, "..."], count: int, of_what: str) -> None:
+    if numbers.device.type == "cpu" and len(wrong := numbers[(numbers < 0) | (numbers >= count)]):
+        raise ValueError(f"{name}: {int(wrong[0])} of {count} {of_what}, which are numbered from 0 on")

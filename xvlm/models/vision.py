@@ -135,6 +135,8 @@ class VisionEncoder(nn.Module):
         """The images as concepts 0 … image-1; with ``regions``, theirs follow in order."""
         if images.shape[2:] != self.config.image_size:
             raise ValueError(f"images are {tuple(images.shape[2:])}, the model was built for {self.config.image_size}")
+        if not len(images):
+            raise ValueError("there are no images to encode")
         local = self.config.local_layers
         features, shared = self._features_and_shared(images) if local else (self.trunk.forward_features(images), None)
         patches, whole = self._tokens(features)

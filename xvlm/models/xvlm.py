@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from xvlm import boxes, hub
 from xvlm.config import Configured
 from xvlm.models import convert, golden, schema
+from xvlm.models.card import Card, write_card
 from xvlm.models.text import Count, CrossEncoder, TextConfig, TextEncoder
 from xvlm.models.vision import VisionConfig, VisionEncoder, regions_in_pixels
 from xvlm.types import Concepts, Regions, Texts, Words
@@ -22,6 +25,8 @@ from xvlm.types import Concepts, Regions, Texts, Words
 PretrainingHead = Literal["image_projection", "text_projection", "temperature", "itm_head", "box_head", "word_head"]
 PRETRAINING_HEADS: tuple[PretrainingHead, ...] = get_args(PretrainingHead)
 Model = TypeVar("Model", bound="Pretrained")
+
+_UNKNOWN = Card()
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +79,14 @@ class Pretrained(nn.Module):
         """What :mod:`xvlm.models.golden` keeps, by name: every part of the model is to be heard in it."""
         raise NotImplementedError
 
-    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write ``config.json``, ``model.safetensors`` and ``golden.safetensors``; ``dtype`` float16 halves the size.
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype = torch.float32, card: Card = _UNKNOWN) -> None:
+        """Write ``config.json``, ``model.safetensors``, ``golden.safetensors`` and the card, ``README.md``.
 
-        The last file holds what the written weights, read back, answer to a fixed input: see :mod:`xvlm.models.golden`.
+        Golden outputs are what the written weights, read back, answer to a fixed input: see :mod:`xvlm.models.golden`.
+
+        Args:
+            dtype: float16 halves the size.
+            card: what is known of the weights; one that was written or edited by hand is kept.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,14 +96,19 @@ class Pretrained(nn.Module):
             save_file(state, unfinished, metadata={"format": "pt"})
         with torch.random.fork_rng(devices=[]):  # building a model draws numbers; saving one should not be noticed
             golden.write(type(self).from_pretrained(folder), folder)
+        write_card(self, folder, card)
 
-    def push_to_hub(self, name: str, *, private: bool = False) -> str:
+    def push_to_hub(self, name: str, *, private: bool = False, card: Card = _UNKNOWN) -> str:
         """Save to the repository ``org/name`` of the hub, which is made where it does not exist; returns its address.
+
+        Args:
+            card: as :meth:`save_pretrained` takes it.
 
         Raises:
             OSError: the hub refused, with its reason.
         """
-        return hub.push_saved(self.save_pretrained, name, private=private)
+        named = replace(card, name=card.name or name)
+        return hub.push_saved(partial(self.save_pretrained, card=named), name, private=private)
 
     @classmethod
     def from_pretrained(cls: type[Model], name: Path | str, *, fresh: Sequence[str] = ()) -> Model:
