@@ -8,6 +8,7 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from xvlm.boxes import merge
 from xvlm.config import Configured
-from xvlm.data.processor import Processor, decode_image, to_tensor
+from xvlm.data.processor import Processor, Undecodable, open_image, rgb, to_tensor
 from xvlm.data.records import Box, Object, Record
 from xvlm.data.shards import BrokenSample, Shards, epoch_order
 from xvlm.data.transforms import AugmentConfig, augment, targets
@@ -179,21 +180,27 @@ class _Sample:
 
 
 def read_image(shards: Shards, i: int) -> tuple[Record, Image.Image]:
-    """A record and its decoded image.
+    """A record and its image, of which only the header has been decoded.
 
     Raises:
-        BrokenSample: also where the image cannot be decoded or has not the record's size.
+        BrokenSample: also where the image cannot be opened or has not the record's size.
     """
     record, data = shards.read(i)
-    file = shards.files[shards.shard_of(i)]
-    try:
-        image = decode_image(data)
-    except ValueError as error:
-        raise BrokenSample(file, record.id, str(error)) from None
+    with _broken_if_undecodable(shards, i):
+        image = open_image(data)
     if image.size != (record.width, record.height):
         found = f"image is {image.width}x{image.height}, the record says {record.width}x{record.height}"
-        raise BrokenSample(file, record.id, found)
+        raise BrokenSample(shards.files[shards.shard_of(i)], record.id, found)
     return record, image
+
+
+@contextmanager
+def _broken_if_undecodable(shards: Shards, i: int) -> Iterator[None]:
+    try:
+        yield
+    except Undecodable as error:
+        file = shards.files[shards.shard_of(i)]
+        raise BrokenSample(file, shards.key(i), f"image cannot be decoded: {error}") from None
 
 
 def mentions(
@@ -293,7 +300,9 @@ class _Stream(Dataset):
         boxes_xyxy = torch.tensor([box for _, box in parts], dtype=torch.float64).reshape(-1, 4)
         texts = captions + [text for text, _ in parts]
         anchor = rng.randrange(len(parts)) if parts else None
-        seen = augment(image, boxes_xyxy, texts, anchor, config.augment, size, rng, self.processor.config.resampling)
+        resampling = self.processor.config.resampling
+        with _broken_if_undecodable(shards, i):
+            seen = augment(image, boxes_xyxy, texts, anchor, config.augment, size, rng, resampling)
         whole = [0.0, 0.0, float(size[1]), float(size[0])]
         wanted = [(text, whole, True) for text in seen.texts[: len(captions)]]
         visible = [
@@ -372,6 +381,8 @@ def records(
         for i in indices[first : first + batch_size]:
             try:
                 record, image = read_image(shards, i)
+                with _broken_if_undecodable(shards, i):
+                    image = rgb(image)
             except BrokenSample as error:
                 broken.append(str(error))
                 continue

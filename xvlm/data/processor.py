@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import BeforeValidator, Field
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from xvlm import hub
 from xvlm.config import Configured, load_config
@@ -190,18 +192,69 @@ def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
     return rearrange(torch.from_numpy(np.array(image)), "height width channel -> channel height width")
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """An RGB image from an encoded file. Its EXIF orientation is left alone: boxes are of the stored pixels.
+class Undecodable(ValueError):
+    """Why an image cannot be decoded."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An encoded image of which only the header has been read: it has a size, :func:`rgb` decodes it.
 
     Raises:
-        ValueError: with the reason, where the bytes are no image, end early, or hold more than 100 megapixels.
+        Undecodable: the bytes are no image, or one of more than 100 megapixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
             image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-        return image.convert("RGB")
+    except Image.DecompressionBombError:  # Pillow's own limit lies above ours, unless a program has moved it
+        raise Undecodable(f"more than {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise Undecodable("cannot identify its format") from None
     except Exception as error:  # decoders raise whatever the bytes make them trip over
-        raise ValueError(f"image cannot be decoded ({len(data)} bytes): {error}") from None
+        raise Undecodable(str(error)) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise Undecodable(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
+    return image
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The image decoded, in RGB. Its EXIF orientation is left alone: boxes are of the stored pixels.
+
+    Raises:
+        Undecodable: the file ends early or is damaged.
+    """
+    try:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # from RGB to RGB it would copy
+    except Exception as error:
+        raise Undecodable(str(error)) from None
+
+
+def is_encoded_jpeg(image: Image.Image) -> bool:
+    """Whether :func:`jpeg_pixels` can decode what :func:`open_image` gave."""
+    return isinstance(image, JpegImageFile) and image.mode in ("RGB", "L") and bool(image.tile)
+
+
+def jpeg_pixels(image: JpegImageFile) -> UInt8[Tensor, "3 height width"]:
+    """The pixels of a JPEG that is not decoded yet, the same as those of :func:`rgb`, without Pillow's copies.
+
+    Raises:
+        Undecodable: the file ends early or is damaged.
+    """
+    encoded = torch.frombuffer(image.fp.getbuffer(), dtype=torch.uint8)
+    try:
+        return decode_jpeg(encoded, ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise Undecodable(str(error)) from None
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An RGB image from an encoded file.
+
+    Raises:
+        Undecodable: as :func:`open_image` and :func:`rgb`.
+    """
+    try:
+        return rgb(open_image(data))
+    except Undecodable as error:
+        raise Undecodable(f"image cannot be decoded ({len(data)} bytes): {error}") from None

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from xvlm import hub
@@ -22,6 +22,7 @@ from xvlm.config import Configured
 from xvlm.data.records import Record
 
 INDEX = "index.json"
+Extent = Annotated[int, Field(ge=0, lt=2**63)]  # bytes
 OPEN_AT_ONCE = 64  # shards an instance keeps open
 
 
@@ -41,7 +42,7 @@ class Shard(Configured):
 
     file: str
     size: int
-    samples: list[tuple[str, int, int, int, int]]
+    samples: list[tuple[str, Extent, Extent, Extent, Extent]]
 
 
 class Index(Configured):
@@ -198,11 +199,12 @@ class Shards:
         return record, image
 
     def _read(self, shard: int, i: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._file(shard).fileno(), size, offset)
-        if len(data) < size:
-            reason = f"the shard ends early ({len(data)} of {size} bytes at {offset})"
+        file = self._file(shard).fileno()
+        there = min(size, max(0, os.fstat(file).st_size - offset))
+        if there < size:  # asked first: reading takes memory for all that an index says
+            reason = f"the shard ends early ({there} of {size} bytes at {offset})"
             raise BrokenSample(self.files[shard], self.key(i), reason)
-        return data
+        return os.pread(file, size, offset)
 
     def _file(self, shard: int) -> BinaryIO:
         """The open shard; a forked process opens its own."""
