@@ -298,23 +298,19 @@ def scene(width: int, height: int, kind: str, mode: str = "RGB") -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode", "close"),
-    [("JPEG", "RGB", 6), ("JPEG", "L", 6), ("JPEG", "CMYK", 6), ("PNG", "RGB", 6), ("PNG", "P", 25)],
-)
-@pytest.mark.parametrize("resampling", [Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB")])
 @pytest.mark.parametrize("side", [40, 70, 150, 300, 601])  # decoded whole, and at each scale
-def test_fast_pixels_are_the_exact_ones_but_for_rounding(kind, mode, close, resampling, side):
+def test_fast_pixels_are_nearly_the_exact_ones_of_the_same_crop(kind, mode, side):
     data = scene(side, side + 33, kind, mode)
-
-    def seen(pixels: str, seed: int):
-        config = AugmentConfig(pixels=pixels, randaugment="none")
-        return augment(open_image(data), torch.zeros(0, 4), [], None, config, (32, 32), Random(seed), resampling)
-
+    config = AugmentConfig(pixels="fast", randaugment="none", hflip=0.0)
     for seed in range(4):
-        exact, fast = (np.array(seen(pixels, seed).image).astype(int) for pixels in ("exact", "fast"))
-        assert exact.shape == fast.shape == (32, 32, 3)
-        assert np.abs(exact - fast).mean() < close / 2
+        fast = augment(open_image(data), torch.zeros(0, 4), [], None, config, (32, 32), Random(seed)).image
+        crop, scale = transforms.shrink(
+            open_image(data), transforms.choose_crop((side, side + 33), None, config, Random(seed)), (32, 32)
+        )
+        exact = decode_image(data).crop(crop).resize((32, 32), Image.Resampling.BICUBIC)
+        assert (scale == 1) == (kind == "PNG" or side < 100) or seed  # other crops may be small
+        assert np.abs(np.array(exact).astype(int) - np.array(fast)).mean() < 2
 
 
 @pytest.mark.parametrize("crop", ["none", "random_resized", "keep_box"])

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from xvlm.bench import measure
 from xvlm.data.pretrain import Grain, StreamConfig, UnusableData, loader, mentions
-from xvlm.data.processor import Processor, jpeg_pixels, open_image, rgb
+from xvlm.data.processor import Processor, open_image, rgb
 from xvlm.data.records import Record, Region
 from xvlm.data.shards import Shards, write_shards
 from xvlm.data.transforms import augment, choose_crop, randaugment
@@ -207,8 +207,8 @@ def shares(work: Callable[[], Any], now: Callable[[], float]) -> dict[str, float
 
     parts = {
         "read": spent(Shards.read),
-        "decode": spent(open_image, rgb, jpeg_pixels),
-        "augment": spent(augment) - spent(rgb, jpeg_pixels),  # which decodes once it knows what it needs
+        "decode": spent(open_image, rgb),
+        "augment": spent(augment) - spent(rgb),  # which decodes once it knows what it needs
         "words": spent(Processor.encode, mask_words),
     }
     total = sum(entry.inlinetime for entry in entries)

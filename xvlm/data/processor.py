@@ -11,10 +11,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import BeforeValidator, Field
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from xvlm import hub
 from xvlm.config import Configured, load_config
@@ -227,24 +225,6 @@ def rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")  # from RGB to RGB it would copy
     except Exception as error:
-        raise Undecodable(str(error)) from None
-
-
-def is_encoded_jpeg(image: Image.Image) -> bool:
-    """Whether :func:`jpeg_pixels` can decode what :func:`open_image` gave."""
-    return isinstance(image, JpegImageFile) and image.mode in ("RGB", "L") and bool(image.tile)
-
-
-def jpeg_pixels(image: JpegImageFile) -> UInt8[Tensor, "3 height width"]:
-    """The pixels of a JPEG that is not decoded yet, the same as those of :func:`rgb`, without Pillow's copies.
-
-    Raises:
-        Undecodable: the file ends early or is damaged.
-    """
-    encoded = torch.frombuffer(image.fp.getbuffer(), dtype=torch.uint8)
-    try:
-        return decode_jpeg(encoded, ImageReadMode.RGB)
-    except RuntimeError as error:
         raise Undecodable(str(error)) from None
 
 
