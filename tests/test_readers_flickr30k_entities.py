@@ -135,7 +135,7 @@ def test_entities_from_the_archive_are_the_same(entities):
         ("Sentences/36979.txt", "/scene the street]", "/scene the street", r"36979\.txt line 2: .*\[/EN#3/scene"),
         ("Sentences/36979.txt", "#0/notvisual the", "#0 the", r"36979\.txt line 4: expected .*\[/EN#0 the time\]"),
         ("Sentences/36979.txt", SENTENCES, "\n", r"36979\.txt: no captions"),
-        ("images/36979_0a1b.jpg", None, "no picture", r"36979_0a1b\.jpg: not an image"),
+        ("images/36979_0a1b.jpg", None, "no picture", r"36979_0a1b\.jpg: image cannot be decoded"),
     ],
 )
 def test_entities_that_are_malformed(entities, file, old, new, message):

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from xvlm import boxes
 from xvlm.data import transforms
-from xvlm.data.images import decode_image
+from xvlm.data.images import Undecodable, decode_image, open_image
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.transforms import AugmentConfig, augment, crop_around, place_boxes, random_resized_crop, swap_sides
 
@@ -325,6 +325,70 @@ def test_pixel_values_are_resized_and_normalised():
     assert ProcessorConfig(image_size=32).image_size == (32, 32)
     with pytest.raises(ValidationError, match="image_size"):
         ProcessorConfig(image_size=0)
+
+
+def scene(width: int, height: int, kind: str, mode: str = "RGB") -> bytes:
+    """Soft shapes, as an encoded file."""
+    shapes = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    image = Image.fromarray(shapes).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB")])
+@pytest.mark.parametrize("side", [40, 70, 150, 300, 601])  # decoded whole, and at each scale
+def test_fast_pixels_are_nearly_the_exact_ones_of_the_same_crop(kind, mode, side):
+    data = scene(side, side + 33, kind, mode)
+    config = AugmentConfig(pixels="fast", randaugment="none", hflip=0.0)
+    for seed in range(4):
+        fast = augment(open_image(data), torch.zeros(0, 4), [], None, config, (32, 32), Random(seed)).image
+        crop, scale = transforms.shrink(
+            open_image(data), transforms.choose_crop((side, side + 33), None, config, Random(seed)), (32, 32)
+        )
+        exact = decode_image(data).crop(crop).resize((32, 32), Image.Resampling.BICUBIC)
+        assert (scale == 1) == (kind == "PNG" or side < 100) or seed  # other crops may be small
+        assert np.abs(np.array(exact).astype(int) - np.array(fast)).mean() < 2
+
+
+@pytest.mark.parametrize("crop", ["none", "random_resized", "keep_box"])
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32), width=st.integers(60, 900), height=st.integers(60, 900))
+def test_the_box_follows_its_pixels_at_every_scale(crop, seed, width, height):
+    left, top = Random(seed).randrange(width // 2), Random(seed).randrange(height // 2)
+    box_xyxy = (left, top, left + width // 3, top + height // 3)
+    file = io.BytesIO()
+    draw_box(width, height, box_xyxy).save(file, "JPEG", quality=95, subsampling=0)
+    config = AugmentConfig(crop=crop, randaugment="none", scale=(0.3, 1.0), pixels="fast")
+    image = open_image(file.getvalue())
+    seen = augment(image, torch.tensor([box_xyxy]).float(), [], 0, config, SIZE, Random(seed))
+    assert seen.image.size == (96, 64)
+    assert seen.kept == [0] or crop == "random_resized"
+    assume(seen.kept)
+    assert np.abs(boxes.xywh_to_xyxy(seen.boxes_xywh)[0].numpy() - find_box(seen.image)).max() <= 1.5
+
+
+def test_large_jpegs_are_decoded_small_only_where_the_crop_stays_large_enough():
+    def shrunk(kind: str, crop) -> tuple:
+        image = open_image(scene(401, 301, kind))
+        return *transforms.shrink(image, crop, (32, 48)), image.size
+
+    assert shrunk("JPEG", (0, 0, 401, 301)) == ((0, 0, 401, 301), 8, (51, 38))
+    assert shrunk("JPEG", (3, 3, 300, 200)) == ((0, 0, 300, 200), 4, (101, 76))
+    assert shrunk("JPEG", (3, 5, 199, 69)) == ((2, 4, 200, 70), 2, (201, 151))
+    assert shrunk("JPEG", (3, 5, 98, 69)) == ((3, 5, 98, 69), 1, (401, 301))
+    assert shrunk("PNG", (0, 0, 401, 301)) == ((0, 0, 401, 301), 1, (401, 301))
+
+
+@pytest.mark.parametrize("cut", [0.6, 0.9])
+def test_a_truncated_jpeg_is_undecodable_either_way(cut):
+    data = scene(100, 90, "JPEG")
+    for pixels in ("exact", "fast"):
+        for size in ((32, 32), (80, 80)):
+            image = open_image(data[: int(len(data) * cut)])
+            config = AugmentConfig(crop="none", pixels=pixels)
+            with pytest.raises(Undecodable):
+                augment(image, torch.zeros(0, 4), [], None, config, size, Random(0))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])

@@ -506,6 +506,29 @@ def bench_retrieval(
     _report(result, json_file)
 
 
+@bench.command("data")
+def bench_data(
+    shards: Annotated[Path | None, typer.Argument(help="A packed folder. Default: photographs made here.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many, at most; whole batches are read.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 32,
+    size: Annotated[int, typer.Option(min=1, help="Height and width that a model wants.")] = 224,
+    tokenizer: Annotated[str, typer.Option(help="Folder, shipped name or hub name of the words.")] = DEFAULT,
+    repeats: Annotated[int, typer.Option(min=1, help="Times are medians over them.")] = 5,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: processor time, for a busy machine.")] = "wall",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go as well.")] = None,
+) -> None:
+    """Samples a core reads, decodes and augments per second, beside the same images by Pillow and torchvision."""
+    import torch
+
+    from xvlm.bench import data as reading
+    from xvlm.data.processor import Processor, ProcessorConfig
+
+    torch.set_num_threads(1)
+    processor = Processor.from_tokenizer(hub.locate(tokenizer), ProcessorConfig(image_size=size))
+    result = reading.bench_data(shards, processor, images=images, batch=batch, repeats=repeats, clock=clock)
+    _report(result, json_file)
+
+
 def _report(result, json_file: Path | None) -> None:
     for line in result.lines():
         typer.echo(line)

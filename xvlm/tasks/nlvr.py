@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
 from xvlm import losses
@@ -20,8 +19,7 @@ from xvlm.data.pretrain import Stream, read_image
 from xvlm.data.pretrain import records as read_records
 from xvlm.data.processor import Processor, to_tensor
 from xvlm.data.records import Record
-from xvlm.data.shards import BrokenSample, Shards
-from xvlm.data.transforms import augment
+from xvlm.data.shards import Shards
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Batch, Concepts, Movable, Texts
 
@@ -179,16 +177,14 @@ class Pairs(Stream):
         record, image = read_image(shards, i)
         known = [statement for statement in record.statements if self.processor.has_words(statement.text)]
         if not known:
-            raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "the record has no statement")
+            raise shards.broken(i, "the record has no statement")
         said = []
         for statement in rng.sample(known, min(self.config.max_regions, len(known))):
-            other = self._look(read_image(shards, number_of(shards, i, record, statement.other))[1], rng)
+            j = number_of(shards, i, record, statement.other)
+            other = to_tensor(self.augmented(shards, j, read_image(shards, j)[1], rng).image)
             said.append(Said(self.processor.encode(statement.text)[0], statement.label, other))
-        return Left(record, source or record.source, self._look(image, rng), said)
-
-    def _look(self, image: Image.Image, rng: Random) -> UInt8[Tensor, "3 height width"]:
-        size, resampling = self.processor.config.image_size, self.processor.config.resampling
-        return to_tensor(augment(image, torch.zeros(0, 4), [], None, self.config.augment, size, rng, resampling).image)
+        left = to_tensor(self.augmented(shards, i, image, rng).image)
+        return Left(record, source or record.source, left, said)
 
     def batch(self, texts: Sequence[tuple[Left, Said]], skipped: tuple[str, ...]) -> Statements:
         lefts = list({id(left): left for left, _ in texts}.values())
@@ -216,7 +212,7 @@ def number_of(shards: Shards, i: int, record: Record, other: str) -> int:
         return shards.find(other)
     except KeyError:
         reason = f"the other image of a statement, {other!r}, is not in {shards.folder}"
-        raise BrokenSample(shards.files[shards.shard_of(i)], record.id, reason) from None
+        raise shards.broken(i, reason) from None
 
 
 # Evaluation.

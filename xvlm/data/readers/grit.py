@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from xvlm.data.readers.photographs import (
+    LARGEST,
     AllowMissing,
     Found,
     Photographs,
@@ -29,7 +30,6 @@ from xvlm.data.readers.photographs import (
 from xvlm.data.records import Box, Expression, Phrase, Record
 
 SOURCE = "grit"
-LARGEST = 256 * 1024**2  # bytes of a member of a tar file
 
 Tied = tuple[float, float, float, float, float, float, float]  # first character, one after the last, box, confidence
 

@@ -8,13 +8,12 @@ import csv
 import logging
 import re
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from xvlm.data.images import Undecodable, open_image
 from xvlm.data.records import Box, Record, is_unchecked
 
 Sample = tuple[Record, bytes]
@@ -24,6 +23,7 @@ TypeOf = Callable[..., Kind]  # type[Kind] leaves out list[int] and the like
 
 NAMED = 10  # absent photographs that the log names
 MARGIN = 0.02  # of the image's side
+LARGEST = 256 * 1024**2  # bytes of an image
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,8 @@ class Photographs:
         path = self.locate(*names)
         if path is None:
             return self.take(listed, names[0], self.places[0] / names[0], None)
+        if (size := path.stat().st_size) > LARGEST:
+            raise ValueError(f"{path}: {size} bytes; expected an image of at most {LARGEST}")
         return self.take(listed, names[0], path, path.read_bytes())
 
     def locate(self, *names: str) -> Path | None:
@@ -224,9 +226,9 @@ def _is_file(path: Path) -> bool:
 def _size(path: Path, image: bytes) -> tuple[int, int]:
     """Width and height, read from the header alone."""
     try:
-        return Image.open(BytesIO(image)).size
-    except Exception as error:  # decoders raise whatever the bytes make them trip over
-        raise ValueError(f"{path}: not an image: {error}") from None
+        return open_image(image).size
+    except Undecodable as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
