@@ -47,7 +47,7 @@ def source(monkeypatch):
     """What the reader reads, to be changed by the test; a member that is an error is raised."""
     samples = [sample(i) for i in range(12)]
 
-    def read(config, split, limit):
+    def read(config, split, limit, absent):
         for one in samples[:limit]:
             if isinstance(one, BaseException):
                 raise one

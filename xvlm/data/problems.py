@@ -21,7 +21,7 @@ from xvlm.data.records import Record, unchecked
 
 KINDS = {
     "shard": "a shard that is missing, changed, or ends early",
-    "reader": "the reader stopped there",
+    "reader": "an entry or a file that the reader cannot read",
     "record": "a field that is missing, unknown, or of the wrong type",
     "duplicate-id": "an id that another record has",
     "near-duplicate": "an image that looks like another one",

@@ -71,10 +71,13 @@ class Index(Configured):
 
 
 class Remark(Configured):
-    """What there is to say about a record that was left out, or packed although something speaks against it."""
+    """What there is to say about a record that was left out, or packed although something speaks against it.
+
+    ``record`` is the image's name where ``why`` is absent: there is no record then.
+    """
 
     record: str
-    why: Literal["unreadable", "leak"]
+    why: Literal["unreadable", "leak", "absent"]
     packed: bool
     message: str
 
@@ -108,6 +111,7 @@ def write_shards(
     folder: Path,
     *,
     prepare: Callable[[Record, bytes], Prepared] = as_it_is,
+    absent: Sequence[str] = (),
     workers: int = 0,
     samples_per_shard: int = 1000,
     description: dict | None = None,
@@ -123,6 +127,7 @@ def write_shards(
     Args:
         prepare: what each sample goes through first, in ``workers`` processes (0: in this one); it must give equal
             results for equal samples, and differ only where the description does.
+        absent: names of images that samples should have had, complete once all samples were read; they become remarks.
 
     Raises:
         FileExistsError: the folder is packed already.
@@ -169,6 +174,7 @@ def write_shards(
         left_out = f"; {len(remarks)} were left out, the first because {remarks[0].message}" if remarks else ""
         raise ValueError(f"{folder}: there are no samples to pack{left_out}")
     remarks = [remark for part in finished for remark in part.remarks] + remarks
+    remarks += [Remark(record=name, why="absent", packed=False, message="listed, but not there") for name in absent]
     if remarks:
         hub.write_atomically(folder / REMARKS, "".join(remark.model_dump_json() + "\n" for remark in remarks))
     written = {part.shard.file for part in finished}
@@ -380,8 +386,7 @@ class Shards:
     def _record(self, shard: int, key: str, image: bytes, text: bytes) -> Record:
         name = key.rpartition("/")[2]
         if self._captions[shard]:
-            source = Path(self.files[shard]).parent.name or "tars"
-            return captioned(name, source, image, text)
+            return captioned(name, self.files[shard], image, text)
         try:
             record = Record.model_validate_json(text)
         except ValidationError as error:
@@ -423,8 +428,8 @@ class Shards:
         return self._open[opened]
 
 
-def captioned(name: str, source: str, image: bytes, text: bytes) -> Record:
-    """A record of an encoded image and its caption, UTF-8.
+def captioned(name: str, place: str, image: bytes, text: bytes) -> Record:
+    """A record of an encoded image and its caption, UTF-8; the source is the folder of the tar, ``place``.
 
     Raises:
         ValueError: either of them is unreadable or empty.
@@ -433,6 +438,7 @@ def captioned(name: str, source: str, image: bytes, text: bytes) -> Record:
     caption = text.decode().strip()
     if not caption:
         raise ValueError("the caption is empty")
+    source = Path(place).parent.name or "tars"
     return Record(id=name, source=source, width=width, height=height, captions=[caption])
 
 

@@ -1,13 +1,16 @@
 """What readers share: files checked against the shape they should have, photographs found, and what is said of them.
 
 A reader is a module with ``read(folder, split, *, allow_missing=False) -> Iterator[Sample]``, named in
-:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format.
+:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format. What it does
+about one line, annotation or image is inside ``with entry():``, so that a check can go on behind what is wrong.
 """
 
 import csv
 import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -30,6 +33,33 @@ logger = logging.getLogger(__name__)
 _COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)(?:_\d+)?\.")
 _FLICKR_URL = re.compile(r"static\.?flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
 _PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "val", "dev": "val", "test": "test"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+_LISTED: ContextVar[list[ValueError | OSError] | None] = ContextVar("listed", default=None)
+
+
+@contextmanager
+def listing(errors: list[ValueError | OSError]) -> Iterator[None]:
+    """What is wrong with an :func:`entry` that is read inside goes to this list, and the entries after it are read."""
+    before = _LISTED.set(errors)
+    try:
+        yield
+    finally:
+        _LISTED.reset(before)
+
+
+@contextmanager
+def entry() -> Iterator[None]:
+    """Around all that a reader does about a line, an annotation or an image, so that :func:`listing` can go on."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if (errors := _LISTED.get()) is None:
+            raise
+        errors.append(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,11 +88,12 @@ def load_lines(kind: TypeOf[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path} line {number}"
-                try:
-                    row = rows.validate_json(line)
-                except ValidationError as error:
-                    raise explained(where, error) from None
-                yield where, row
+                with entry():
+                    try:
+                        row = rows.validate_json(line)
+                    except ValidationError as error:
+                        raise explained(where, error) from None
+                    yield where, row
 
 
 def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -88,9 +119,10 @@ def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str
 
     def rows() -> Iterator[tuple[str, dict[str, str]]]:
         for where, cells in lines:
-            if len(cells) != len(heading):
-                raise ValueError(f"{where}: expected {len(heading)} cells, as in the heading, found {len(cells)}")
-            yield where, dict(zip(heading, cells, strict=True))
+            with entry():
+                if len(cells) != len(heading):
+                    raise ValueError(f"{where}: expected {len(heading)} cells, as in the heading, found {len(cells)}")
+                yield where, dict(zip(heading, cells, strict=True))
 
     return heading, rows()
 
@@ -174,8 +206,6 @@ class Photographs:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if isinstance(self.allow_missing, list):
-            self.allow_missing += self.absent
         if self.absent:
             named = ", ".join(self.absent[:NAMED]) + (" …" if len(self.absent) > NAMED else "")
             logger.warning(
@@ -213,6 +243,8 @@ class Photographs:
         if self.allow_missing is False:
             raise FileNotFoundError(f"{path}: no such photograph, but {listed} (allow_missing leaves it out)")
         self.absent.append(name)
+        if isinstance(self.allow_missing, list):
+            self.allow_missing.append(name)
         return None
 
 
