@@ -320,9 +320,7 @@ def data_pack(
 
 @data.command("check")
 def data_check(
-    folder: Annotated[
-        str, typer.Argument(help="Shards, or tars (path, URL, pipe:); with --reader, a source.")
-    ],
+    folder: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:); with --reader, a source.")],
     reader: Annotated[str | None, typer.Option(help="What reads the source.")] = None,
     split: Annotated[str, typer.Option(help="Which part of the source.")] = "train",
     allow_missing: Annotated[bool, typer.Option(help="Absent photographs are no problem.")] = False,

@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from xvlm.bench import measure
-from xvlm.data.images import open_image, rgb
+from xvlm.data.images import decode_small, open_image, rgb
 from xvlm.data.pretrain import Grain, StreamConfig, UnusableData, loader, mentions
 from xvlm.data.processor import Processor
 from xvlm.data.records import Record, Region
@@ -206,10 +206,11 @@ def shares(work: Callable[[], Any], now: Callable[[], float]) -> dict[str, float
         codes = [inspect.unwrap(function).__code__ for function in functions]
         return sum(entry.totaltime for entry in entries if entry.code in codes)
 
+    decoding = spent(decode_small) or spent(rgb)
     parts = {
         "read": spent(Shards.read),
-        "decode": spent(open_image, rgb),
-        "augment": spent(augment) - spent(rgb),  # which decodes once it knows what it needs
+        "decode": spent(open_image) + decoding,
+        "augment": spent(augment) - decoding,  # it decodes once it knows what it needs
         "words": spent(Processor.encode, mask_words),
     }
     total = sum(entry.inlinetime for entry in entries)

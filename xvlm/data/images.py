@@ -1,12 +1,16 @@
 """Encoded images: decoded safely, or written anew. Nothing here imports torch, so that many processes start quickly."""
 
+import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+JPEG = ("JPEG", "MPO")  # MPO: a JPEG file with more pictures behind the first, as phones write
 MAX_PIXELS = 100_000_000
 QUALITY = 95  # of JPEG and WebP files that are written anew
 
@@ -38,6 +42,22 @@ def rgb(image: Image.Image) -> Image.Image:
     with _decoding():
         image.load()
         return image if image.mode == "RGB" else _eight_bits(image).convert("RGB")  # from RGB to RGB would copy
+
+
+def decode_small(image: Image.Image, scale: int) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of an opened image in RGB; those of a JPEG at ``1 / scale`` (1, 2, 4 or 8) of its size, rounded up.
+
+    Raises:
+        Undecodable: as :func:`rgb`.
+    """
+    if image.format in JPEG:
+        small = {"min_height": math.ceil(image.height / scale), "min_width": math.ceil(image.width / scale)}
+        with suppress(ImportError, ValueError):  # ValueError: CMYK, or damage of which Pillow says more
+            from simplejpeg import decode_jpeg  # the same pixels as Pillow's, without copies of them
+
+            return decode_jpeg(image.fp.getbuffer(), "RGB", min_factor=scale, **small)
+        image.draft("RGB", (image.width // scale, image.height // scale))
+    return np.asarray(rgb(image))
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -88,5 +108,5 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def encode_like(image: Image.Image, data: bytes) -> bytes:
     """An RGB image in the format of another file: JPEG, WebP, or else PNG."""
     kind, file = Image.open(BytesIO(data)).format, BytesIO()
-    image.save(file, {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(kind, "PNG"), quality=QUALITY)
+    image.save(file, "JPEG" if kind in JPEG else "WEBP" if kind == "WEBP" else "PNG", quality=QUALITY)
     return file.getvalue()
