@@ -11,6 +11,7 @@ from PIL import Image, ImageFile
 from test_pretrain_data import VOCABULARY, made
 from test_transforms import claim_size, noise
 
+from xvlm.data import check
 from xvlm.data.images import MAX_PIXELS, decode_image
 from xvlm.data.pretrain import StreamConfig, loader
 from xvlm.data.processor import Processor, ProcessorConfig
@@ -116,6 +117,9 @@ def test_whatever_a_sample_holds_the_others_are_read(tmp_path_factory, processor
             file.seek(at + min(image[0], size))
             file.write(image[1][: max(size - image[0], 0)])
     augment = {"pixels": "fast" if fast else "exact"}
+    report = check.check(check.packed(folder))
+    assert report.records >= 2
+    assert {problem.record for problem in report.problems} <= {"made1", ""}  # "": the shard is not what was packed
     config = StreamConfig(
         shards=[folder], grain=grain, images=3, workers=0, max_skipped_share=1, augment=augment, kinds=["region"]
     )

@@ -1,5 +1,6 @@
 """Flickr30k Entities: files written as they are published, broken ones, and real ones if at hand."""
 
+import shutil
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_entities_from_the_archive_are_the_same(entities):
     assert list(flickr30k_entities.read(entities, "test")) == unpacked
     (entities / "annotations.zip").write_bytes(b"PK no")
     with pytest.raises(ValueError, match=r"annotations\.zip: not a zip archive"):
+        list(flickr30k_entities.read(entities, "test"))
+
+
+def test_an_archive_that_grows_is_not_unpacked(entities, monkeypatch):
+    with zipfile.ZipFile(entities / "annotations.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for kind, suffix in (("Annotations", "xml"), ("Sentences", "txt")):
+            bomb.writestr(f"{kind}/36979.{suffix}", " " * 10**6)
+            shutil.rmtree(entities / kind)
+    monkeypatch.setattr(flickr30k_entities, "LARGEST", 10**5)
+    with pytest.raises(ValueError, match=r"36979\.xml: 1000000 bytes once unpacked"):
         list(flickr30k_entities.read(entities, "test"))
 
 

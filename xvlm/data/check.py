@@ -172,7 +172,10 @@ class _Seen(NamedTuple):
 def _look(item: Item | Problem, max_words: int, ignore: Collection[str], hashed: bool, fix: bool) -> _Seen | Problem:
     if isinstance(item, Problem):
         return item
-    found, picture = problems_of(item, max_words)
+    try:
+        found, picture = problems_of(item, max_words)
+    except RecursionError:
+        return Problem("record", (), "nested too deeply for a record", where=item.where, record=item.record)
     problems = [problem for problem in found if problem.kind not in ignore]
     corner = [item.document.get("width"), item.document.get("height")]
     boxes = boxes_of(item.document)

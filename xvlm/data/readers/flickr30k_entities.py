@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, around, entry, inside, record
+from xvlm.data.readers.photographs import (
+    LARGEST,
+    AllowMissing,
+    Found,
+    Photographs,
+    Sample,
+    around,
+    entry,
+    inside,
+    record,
+)
 from xvlm.data.records import Box, Phrase, Record, Region
 
 SOURCE = "flickr30k_entities"
@@ -85,6 +95,8 @@ def _text(annotations: Path | zipfile.Path, member: str) -> tuple[str, str]:
     path = annotations / member
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, but the photograph is listed")
+    if isinstance(path, zipfile.Path) and (size := path.root.getinfo(path.at).file_size) > LARGEST:
+        raise ValueError(f"{path}: {size} bytes once unpacked; expected the annotations of one photograph")
     try:
         return str(path), path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
