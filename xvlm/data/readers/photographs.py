@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.request import urlopen
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,6 +29,7 @@ TypeOf = Callable[..., Kind]  # type[Kind] leaves out list[int] and the like
 NAMED = 10  # absent photographs that the log names
 MARGIN = 0.02  # of the image's side
 LARGEST = 256 * 1024**2  # bytes of an image
+SECONDS = 30.0  # that a server may be silent
 
 logger = logging.getLogger(__name__)
 
@@ -168,9 +171,9 @@ def part_of(folder: Path, split: str) -> Literal["train", "val", "test"]:
 
 
 class Found(NamedTuple):
-    """A photograph on disk: its bytes as stored and its size in pixels."""
+    """A photograph: where it is, its bytes as stored and its size in pixels."""
 
-    path: Path
+    path: Path | str
     image: bytes
     width: int
     height: int
@@ -215,19 +218,21 @@ class Photographs:
     def find(self, listed: str, *names: str) -> Found | None:
         """The photograph that has one of these names, paths from one of the places; None: absent, which is allowed.
 
+        A URL (``http``, ``https``) is fetched, each time it is asked for.
+
         Args:
             listed: what asks for it, for the message ("test.txt lists 777").
 
         Raises:
             FileNotFoundError: absent, which is not allowed.
-            ValueError: not an image, or a URL.
+            ValueError: not an image.
         """
-        if "://" in names[0]:
-            raise ValueError(f"{names[0]}: a URL, but {listed}; download the images and give their paths")
+        if names[0].startswith(("http://", "https://")):
+            return self.take(listed, names[0], names[0], _fetched(names[0]))
         path = self.locate(*names)
         if path is None:
             return self.take(listed, names[0], self.places[0] / names[0], None)
-        if (size := path.stat().st_size) > LARGEST:
+        if (size := path.stat().st_size) > LARGEST:  # asked first: reading would take the memory
             raise ValueError(f"{path}: {size} bytes; expected an image of at most {LARGEST}")
         return self.take(listed, names[0], path, path.read_bytes())
 
@@ -235,7 +240,7 @@ class Photographs:
         """Where the photograph is that has one of these names; None: nowhere."""
         return next((path for place in self.places for name in names if _is_file(path := place / name)), None)
 
-    def take(self, listed: str, name: str, path: Path, image: bytes | None) -> Found | None:
+    def take(self, listed: str, name: str, path: Path | str, image: bytes | None) -> Found | None:
         """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
         self.asked += 1
         if image is not None:
@@ -255,7 +260,19 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _size(path: Path, image: bytes) -> tuple[int, int]:
+def _fetched(url: str) -> bytes | None:
+    """What a URL leads to; None where that is nothing."""
+    try:
+        with urlopen(url, timeout=SECONDS) as answer:
+            image = answer.read(LARGEST + 1)
+    except (OSError, HTTPException, ValueError):  # ValueError: a URL that is none
+        return None
+    if len(image) > LARGEST:
+        raise ValueError(f"{url}: expected an image of at most {LARGEST} bytes")
+    return image
+
+
+def _size(path: Path | str, image: bytes) -> tuple[int, int]:
     """Width and height, read from the header alone."""
     try:
         return open_image(image).size
