@@ -280,9 +280,9 @@ def swap_sides(text: str) -> str:
     return SIDES.sub(other, text)
 
 
-# RandAugment (Cubuk et al. 2020) as X-VLM has it: two operations, each used half of the time, level 7 of 10. Colours are
-# the reference's to the bit, but for sharpness, whose bytes overflow there and are clipped here. Moved pixels are OpenCV's
-# to a grey level, except at the border of the image, where OpenCV mixes grey in.
+# RandAugment (Cubuk et al. 2020) as X-VLM has it: two operations, each used half of the time, level 7 of 10.
+# Colours are the reference's, but for sharpness, whose bytes overflow there and are clipped here. Pixels move by the
+# reference's maps; Pillow rounds between them to a finer step than OpenCV, and does not mix grey in at the border.
 
 FACTOR = 0.7 * 1.8 + 0.1
 COLOUR = ("identity", "autocontrast", "equalize", "brightness", "sharpness")
