@@ -464,6 +464,9 @@ def test_large_jpegs_are_decoded_small_only_where_the_crop_stays_large_enough():
     assert shrunk("JPEG", (3, 3, 300, 200)) == ((0, 0, 300, 200), 4, (101, 76))
     assert shrunk("JPEG", (3, 5, 199, 69)) == ((2, 4, 200, 70), 2, (201, 151))
     assert shrunk("JPEG", (3, 5, 98, 69)) == ((3, 5, 98, 69), 1, (401, 301))
+    decoded = decode_image(scene(401, 301, "JPEG"))
+    assert transforms.shrink(decoded, (0, 0, 401, 301), (32, 48)) == ((0, 0, 401, 301), 1)
+    assert decode_small(decoded, 1).shape == (301, 401, 3)
     assert shrunk("PNG", (0, 0, 401, 301)) == ((0, 0, 401, 301), 1, (401, 301))
 
 

@@ -44,13 +44,18 @@ def rgb(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else _eight_bits(image).convert("RGB")  # from RGB to RGB would copy
 
 
+def is_undecoded_jpeg(image: Image.Image) -> bool:
+    """Whether it is one that :func:`decode_small` can decode smaller."""
+    return image.format in JPEG and bool(image.tile)
+
+
 def decode_small(image: Image.Image, scale: int) -> UInt8[np.ndarray, "height width 3"]:
     """The pixels of an opened image in RGB; those of a JPEG at ``1 / scale`` (1, 2, 4 or 8) of its size, rounded up.
 
     Raises:
         Undecodable: as :func:`rgb`.
     """
-    if image.format in JPEG:
+    if is_undecoded_jpeg(image):
         small = {"min_height": math.ceil(image.height / scale), "min_width": math.ceil(image.width / scale)}
         with suppress(ImportError, ValueError):  # ValueError: CMYK, or damage of which Pillow says more
             from simplejpeg import decode_jpeg  # the same pixels as Pillow's, without copies of them

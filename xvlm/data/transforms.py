@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from xvlm import boxes
 from xvlm.config import Configured
-from xvlm.data.images import JPEG, decode_small, rgb
+from xvlm.data.images import decode_small, is_undecoded_jpeg, rgb
 
 Crop = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -162,7 +162,7 @@ def shrink(image: Image.Image, crop: Crop, size: tuple[int, int]) -> tuple[Crop,
     """
     left, top, right, bottom = crop
     for scale in (8, 4, 2):
-        if image.format in JPEG and right - left >= scale * size[1] and bottom - top >= scale * size[0]:
+        if right - left >= scale * size[1] and bottom - top >= scale * size[0] and is_undecoded_jpeg(image):
             ends = (math.ceil(right / scale) * scale, math.ceil(bottom / scale) * scale)
             return (left // scale * scale, top // scale * scale, *ends), scale
     return crop, 1
