@@ -4,6 +4,7 @@ Speed is never asserted.
 """
 
 import json
+from random import Random
 
 import pytest
 import tiny
@@ -11,9 +12,13 @@ import torch
 from test_cli import error_of, lines_of
 from test_model import VIT
 
+from xvlm.bench import data as reading
 from xvlm.bench import measure, retrieval
 from xvlm.bench import step as bench
 from xvlm.bench.naive import fuse_padded, naive_losses, read_padded
+from xvlm.data.pretrain import StreamConfig, loader
+from xvlm.data.processor import Processor, ProcessorConfig
+from xvlm.data.shards import Shards, write_shards
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 from xvlm.types import Texts, Words
 
@@ -159,3 +164,65 @@ def test_both_ways_of_re_ranking_score_the_same_candidates_alike():
     assert result.pairs_asked == 5 * 4 + 15 * 4 and 40 <= result.pairs_scored < result.pairs_asked
     assert result.flops < result.naive_flops / 3
     assert result.lines()[5].startswith("| re-ranking, s |")
+
+
+# Reading.
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PHOTOGRAPH", (96, 72))
+    write_shards(map(reading.photograph, range(5)), tmp_path / "s", progress=False)
+    return Shards(tmp_path / "s")
+
+
+@pytest.mark.parametrize("grain", ["caption", "region"])
+def test_the_plain_way_gives_the_same_images(photographs, grain):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    processor = Processor.from_vocabulary(words, ProcessorConfig(image_size=(24, 32)))
+    still = {"crop": "none", "hflip": 0.0, "randaugment": "none"}
+    config = StreamConfig(shards=[photographs.folder], grain=grain, images=5, workers=0, augment=still)
+    batch = next(loader(config, processor, None, seed=0, start=0))
+    number = {photographs.key(i): i for i in range(5)}
+    for name, image in zip(batch.ids, batch.images, strict=True):
+        plain = reading.read_plainly(*photographs.read(number[name]), config, processor, Random(0))
+        torch.testing.assert_close(plain, image, atol=1e-5, rtol=0)
+
+
+def test_reading_is_measured_as_a_stream_of_each_kind(photographs, tmp_path):
+    file = tmp_path / "numbers.json"
+    asked = ["--images", 5, "--batch", 2, "--size", 32, "--repeats", 2, "--clock", "cpu", "--json", file]
+    printed = lines_of("bench", "data", photographs.folder, *asked)
+    written = json.loads(file.read_text())
+    assert (written["mean_size"], written["size"], written["clock"]) == ([96, 72], [32, 32], "cpu")
+    assert [one["grain"] for one in written["readings"]] == ["caption", "region"]
+    for one in written["readings"]:
+        assert (one["images"], one["skipped"]) == (4, 0)  # whole batches
+        assert one["texts"] == 4 if one["grain"] == "caption" else one["texts"] > 4
+        assert list(one["seconds"]) == ["plain", "exact", "fast"]
+        assert all(seconds > 0 for seconds in one["seconds"].values())
+        for shares in one["shares"].values():
+            assert list(shares) == list(reading.PARTS)
+            assert sum(shares.values()) == pytest.approx(1)
+            assert all(share > 0 for share in shares.values())
+    assert "| of our time | read | decode | augment | words | batch |" in printed
+
+
+def test_a_kind_of_record_that_is_not_there_is_left_out(photographs, tmp_path, monkeypatch):
+    captioned = [
+        (record.model_copy(update={"regions": []}), image) for record, image in map(photographs.read, range(5))
+    ]
+    write_shards(captioned, tmp_path / "c", progress=False)
+    printed = lines_of("bench", "data", tmp_path / "c", "--size", 32, "--repeats", 1)
+    assert any(line.startswith("| caption | 5, 5 |") for line in printed)
+    assert not any("region" in line for line in printed)
+    silent = [(record.model_copy(update={"captions": []}), image) for record, image in captioned]
+    write_shards(silent, tmp_path / "n", progress=False)
+    assert "no record has a caption or a box" in error_of(monkeypatch, "bench", "data", tmp_path / "n", "--size", 32)
+    assert "wall or cpu" in error_of(monkeypatch, "bench", "data", tmp_path / "c", "--clock", "sun")
+
+
+def test_without_a_folder_photographs_are_made(monkeypatch):
+    monkeypatch.setattr(reading, "PHOTOGRAPH", (96, 72))
+    printed = lines_of("bench", "data", "--images", 3, "--size", 32, "--repeats", 1)
+    assert printed[0].startswith("3 photographs made here: images of 96x72 pixels")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xvlm.data import check
 from xvlm.data.problems import KINDS, Item, Problem, decoded_again, problems_of, put_right
-from xvlm.data.readers import csv_table
+from xvlm.data.readers import coco_json, csv_table
 from xvlm.data.records import Record, unchecked
 from xvlm.data.shards import Index, Shard, Shards, write_shards
 
@@ -374,6 +374,13 @@ def test_a_folder_is_checked_to_its_end(tmp_path, workers):
     ]
 
 
+@pytest.mark.parametrize("depth", [300, 950, 100_000])
+def test_a_record_nested_without_end_is_one_problem(tmp_path, depth):
+    folder = pack_raw(tmp_path / "s", [("a", b'{"id": "a", "tags": ' + b"[" * depth + b"]" * depth + b"}"), raw("b")])
+    report = check.check(check.packed(folder))
+    assert {name for name, _ in told(report)} == {"a"}
+
+
 def test_kinds_that_are_accepted_are_not_told(tmp_path):
     samples = [raw("a"), ("b", b"{no json"), raw("d", captions=[""], phrases=[]), raw("a")]
     report = check.check(check.packed(pack_raw(tmp_path / "s", samples)), ignore=["record", "duplicate-id"])
@@ -429,6 +436,41 @@ def test_every_bad_box_of_a_table_is_told_though_its_reader_would_stop_at_the_fi
         ("regions.3.box_xyxy", "box-outside"),
         ("regions.4.box_xyxy", "box-looks-relative"),
     ]
+
+
+def test_a_check_goes_on_behind_what_a_reader_cannot_read(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(PHOTOGRAPH)
+    (tmp_path / "broken.jpg").write_bytes(PHOTOGRAPH[:9])
+    rows = [
+        "broken.jpg,1,2,30,40,a dog",
+        "a.jpg,1,2,x,4,a dog",
+        "absent.jpg,1,2,3,4,a dog",
+        ",1,2,3,4,a dog",
+        "a.jpg,1",
+    ]
+    (tmp_path / "train.csv").write_text("\n".join(["image,left,top,right,bottom,text", *rows, "b.jpg,1,2,3,4,a dog"]))
+    report = check.check(check.read(csv_table.read(tmp_path, "train"), str(tmp_path)))
+    assert report.records == 1
+    assert {problem.kind for problem in report.problems} == {"reader"}
+    reasons = (
+        "line 5: image is empty",
+        "line 6: expected 6 cells",
+        "broken.jpg: image cannot",
+        "line 3: left,",
+        "absent.jpg: no",
+    )
+    assert all(reason in problem.message for reason, problem in zip(reasons, report.problems, strict=True))
+    assert not any("what follows" in problem.message for problem in report.problems)
+    with pytest.raises(ValueError, match="line 5: image is empty"):
+        list(csv_table.read(tmp_path, "train"))
+
+
+def test_a_file_that_cannot_be_read_at_all_ends_the_source(tmp_path):
+    (tmp_path / "train.json").write_text("[]")
+    (problem,) = check.check(check.read(coco_json.read(tmp_path, "train"), str(tmp_path))).problems
+    assert problem.kind == "reader"
+    assert "train.json: Input should be an object (found []); what follows was not looked at" in problem.message
 
 
 def test_boxes_that_a_reader_cut_off_at_the_border_are_noticed():

@@ -187,7 +187,7 @@ def test_embed_writes_vectors_and_ends_with_status_1_where_an_image_was_skipped(
     both = ["embed", str(picture), str(tmp_path / "broken.png")]
     ran = CliRunner().invoke(app, [*both, "--model", str(folder), "--out", str(out)])
     assert ran.exit_code == 1
-    assert "broken.png: image cannot be decoded (99 bytes)" in ran.stdout
+    assert "broken.png: image cannot be decoded: " in ran.stdout
     assert ran.stdout.endswith("1 images, 0 boxes, vectors of 8; 1 images skipped\n")
     assert "--device banana: torch cannot use it" in error_of(monkeypatch, "embed", picture, "--device", "banana")
     boxes.write_text('{"image": "scene.png", "boxes_xyxy": [[0, 0, 97, 9]]}\n')

@@ -1,5 +1,7 @@
 """Configurations: strict, with the nearest name; numbers and words mean what people mean; files round-trip."""
 
+from typing import Literal
+
 import pytest
 
 from xvlm.config import ConfigError, Configured, dump_config, load_config, parse_yaml
@@ -8,6 +10,7 @@ from xvlm.config import ConfigError, Configured, dump_config, load_config, parse
 class Inner(Configured):
     lr: float = 1e-3
     mode: str = "no"
+    norm: Literal["layer", "batch"] = "layer"
 
 
 class Outer(Configured):
@@ -42,6 +45,10 @@ def test_base_and_overrides(tmp_path):
         ("steps: 1\noptim: {lrs: 1}\n", r"unknown key 'optim.lrs'; did you mean 'lr'\?"),
         ("steps: 1\nparts: {x: {lrr: 1}}\n", r"unknown key 'parts.x.lrr'; did you mean 'lr'\?"),
         ("steps: many\n", r"steps: Input should be a valid integer.*'many'"),
+        (
+            "steps: 1\noptim: {norm: bach}\n",
+            r"optim.norm: .*'layer' or 'batch' \(found 'bach'\); did you mean 'batch'\?$",
+        ),
         ("optim: {}\n", "missing key 'steps'"),
         ("- 1\n", "expected a mapping"),
         ("steps: [1\n", "not readable as YAML"),

@@ -134,7 +134,7 @@ def test_an_image_that_cannot_be_read_is_skipped_and_named(images, processor, tm
     assert found.ids == whole.ids[:-2]
     np.testing.assert_allclose(found.vectors, whole.vectors[:-2], atol=1e-6)
     (skipped,) = found.skipped
-    assert "c.png: image cannot be decoded (300 bytes)" in skipped
+    assert "c.png: image cannot be decoded: " in skipped
     images["b.jpg"].write_text("")
     assert embedding.read_boxes(written(tmp_path, [{"image": "b.jpg", "boxes_xyxy": [[0, 0, 9, 9]]}]), images)
     with pytest.raises(ValueError, match=r"none of the 1 images can be read: .*b\.jpg"):

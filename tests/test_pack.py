@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from photographs import place
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
@@ -47,7 +48,7 @@ def source(monkeypatch):
     """What the reader reads, to be changed by the test; a member that is an error is raised."""
     samples = [sample(i) for i in range(12)]
 
-    def read(config, split, limit):
+    def read(config, split, limit, absent):
         for one in samples[:limit]:
             if isinstance(one, BaseException):
                 raise one
@@ -237,6 +238,40 @@ def test_a_truncated_image_stops_packing_or_is_left_out_and_listed(source, tmp_p
     (remark,) = read_remarks(tmp_path / "lenient/train")
     assert (remark.record, remark.why, remark.packed) == ("r5", "unreadable", False)
     assert "truncated" in remark.message
+
+
+def test_absent_images_are_listed_by_name(tmp_path):
+    place(tmp_path, "a.jpg", "c.jpg")
+    (tmp_path / "train.csv").write_text("image,text\na.jpg,a dog\nb.jpg,a cat\nc.jpg,a cow\nd.jpg,a fly\n")
+    source = {"reader": "csv_table", "folder": tmp_path}
+    with pytest.raises(FileNotFoundError, match=r"b\.jpg: no such photograph"):
+        pack(config(tmp_path / "strict", **source))
+    pack(config(tmp_path / "lenient", **source, allow_missing=True))
+    found = [(remark.record, remark.why, remark.packed) for remark in read_remarks(tmp_path / "lenient/train")]
+    assert found == [("b.jpg", "absent", False), ("d.jpg", "absent", False)]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_masks_of_coco_are_packed_where_they_are_asked_for(tmp_path, masks):
+    place(tmp_path, "images/a.jpg")
+    outline = [[10.0, 20.0, 40.0, 20.0, 40.0, 60.0, 10.0, 60.0]]
+    thing = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40], "segmentation": outline}
+    photograph = {"id": 1, "file_name": "a.jpg", "width": 100, "height": 80}
+    (tmp_path / "annotations").mkdir()
+    file = {"images": [photograph], "annotations": [thing], "categories": [{"id": 1, "name": "dog"}]}
+    (tmp_path / "annotations/instances_train.json").write_text(json.dumps(file))
+    packed = pack(config(tmp_path / "out", folder=tmp_path, masks=masks))["train"]
+    mask = packed.read(0)[0].objects[0].mask
+    if not masks:
+        assert mask is None
+        with pytest.raises(ValueError, match="was packed from"):
+            pack(config(tmp_path / "out", folder=tmp_path, masks=True))
+        return
+    expected = np.zeros((80, 100), dtype=np.uint8)
+    expected[20:60, 10:40] = 1
+    assert np.array_equal(coco_mask.decode(mask.model_dump()), expected)
+    with pytest.raises(ValueError, match="masks: a choice of the reader coco, not of scenes"):
+        config(tmp_path, reader="scenes", masks=True)
 
 
 def test_a_record_of_another_size_than_its_image_stops_packing(source, tmp_path):

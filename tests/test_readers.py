@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -110,10 +113,24 @@ def test_photographs_are_looked_for_in_every_place_under_every_name(tmp_path):
         assert found.image == jpeg(30, 20)
         with pytest.raises(FileNotFoundError, match=r"a/3\.jpg: no such photograph, but the list has it"):
             images.find("the list has it", "3.jpg")
-        with pytest.raises(ValueError, match=r"http://x/1\.jpg: a URL, but the list has it; download"):
-            images.find("the list has it", "http://x/1.jpg")
     with pytest.raises(FileNotFoundError, match="no photographs; expected in it a folder c, d"):
         Photographs(tmp_path, "c", "d")
+
+
+def test_photographs_behind_urls_are_fetched(tmp_path):
+    place(tmp_path, "served/a.jpg")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address, absent = f"http://127.0.0.1:{server.server_port}", []
+        with Photographs(tmp_path, ".", allow_missing=absent) as images:
+            assert images.find("it", f"{address}/a.jpg").image == jpeg(100, 80)
+            assert images.find("it", f"{address}/b.jpg") is None
+            assert images.find("it", "http://[x/c.jpg") is None
+        server.shutdown()
+    assert absent == [f"{address}/b.jpg", "http://[x/c.jpg"]
+    with Photographs(tmp_path, ".") as images, pytest.raises(FileNotFoundError, match=r"d\.jpg: no such photograph"):
+        images.find("the list has it", f"{address}/d.jpg")
 
 
 def test_absent_photographs_are_logged_and_listed(tmp_path, caplog):

@@ -146,7 +146,7 @@ def test_coco_that_is_not_json_or_not_an_image(tmp_path):
     with pytest.raises(ValueError, match=r"139\.jpg: the image is 50x40, its boxes are in pixels of 100x80"):
         list(coco.read(folder, "train"))
     (folder / "images/000000000139.jpg").write_text("<html>not found</html>")
-    with pytest.raises(ValueError, match=r"139\.jpg: not an image"):
+    with pytest.raises(ValueError, match=r"139\.jpg: image cannot be decoded"):
         list(coco.read(folder, "train"))
     (folder / "annotations/instances_train.json").write_text("{")
     with pytest.raises(ValueError, match=r"instances_train\.json: .*Invalid JSON"):

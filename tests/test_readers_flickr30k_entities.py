@@ -1,5 +1,6 @@
 """Flickr30k Entities: files written as they are published, broken ones, and real ones if at hand."""
 
+import shutil
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -124,6 +125,16 @@ def test_entities_from_the_archive_are_the_same(entities):
         list(flickr30k_entities.read(entities, "test"))
 
 
+def test_an_archive_that_grows_is_not_unpacked(entities, monkeypatch):
+    with zipfile.ZipFile(entities / "annotations.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for kind, suffix in (("Annotations", "xml"), ("Sentences", "txt")):
+            bomb.writestr(f"{kind}/36979.{suffix}", " " * 10**6)
+            shutil.rmtree(entities / kind)
+    monkeypatch.setattr(flickr30k_entities, "LARGEST", 10**5)
+    with pytest.raises(ValueError, match=r"36979\.xml: 1000000 bytes once unpacked"):
+        list(flickr30k_entities.read(entities, "test"))
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
@@ -135,7 +146,7 @@ def test_entities_from_the_archive_are_the_same(entities):
         ("Sentences/36979.txt", "/scene the street]", "/scene the street", r"36979\.txt line 2: .*\[/EN#3/scene"),
         ("Sentences/36979.txt", "#0/notvisual the", "#0 the", r"36979\.txt line 4: expected .*\[/EN#0 the time\]"),
         ("Sentences/36979.txt", SENTENCES, "\n", r"36979\.txt: no captions"),
-        ("images/36979_0a1b.jpg", None, "no picture", r"36979_0a1b\.jpg: not an image"),
+        ("images/36979_0a1b.jpg", None, "no picture", r"36979_0a1b\.jpg: image cannot be decoded"),
     ],
 )
 def test_entities_that_are_malformed(entities, file, old, new, message):

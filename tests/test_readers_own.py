@@ -209,7 +209,7 @@ def test_json_lines_are_records_with_either_box(tmp_path):
             r"train\.jsonl line 1: expected the path of an image in image, or image_base64 and an id",
         ),
         ({"image_base64": "QUJD"}, "expected the path of an image in image, or image_base64 and an id"),
-        ({"image_base64": "QUJD", "id": "x"}, r"train\.jsonl line 1: not an image"),
+        ({"image_base64": "QUJD", "id": "x"}, r"train\.jsonl line 1: image cannot be decoded"),
         (
             {"image": "a.jpg", "caption": "a"},
             r"train\.jsonl line 1: caption: records have no such field \(xvlm data",

@@ -58,7 +58,7 @@ def test_lines_that_are_wrong(tmp_path, caplog):
     for line, message in [
         ({"caption": "a"}, r"train\.jsonl line 1: no image; expected it in binary"),
         (LINE | {"binary": "AA?="}, r"train\.jsonl line 1: binary: not base64: .*found 'AA\?='"),
-        (LINE | {"binary": "AAAA"}, r"train\.jsonl line 1: not an image"),
+        (LINE | {"binary": "AAAA"}, r"train\.jsonl line 1: image cannot be decoded"),
         (LINE | {"elems": [{"caption": "a", "bb": [1, 2, 3]}]}, r"train\.jsonl line 1: elems\.0\.bb"),
         (LINE | {"elems": [{"caption": [""], "bb": [1, 2, 3, 4]}]}, r"the caption of the box \(1.*\) is empty"),
     ]:

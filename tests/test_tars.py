@@ -1,6 +1,7 @@
 """Tars of others: from paths, pipes and URLs they read like packed ones; what is odd in them is left out and said."""
 
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -14,7 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from xvlm.data import shards, tars
+from xvlm.data import check, shards, tars
 from xvlm.data.cache import Cache
 from xvlm.data.records import Record
 from xvlm.data.shards import BrokenSample, Shards
@@ -130,6 +131,27 @@ def test_captions_are_read_as_records(tmp_path, cache):
             found.read(i)
 
 
+@pytest.mark.parametrize("entry", ["{}/cc3m/0.tar", "pipe:cat {}/cc3m/0.tar"])
+def test_tars_of_captions_are_checked(tmp_path, cache, entry):
+    (tmp_path / "cc3m").mkdir()
+    members = {"7.png": encoded(7), "7.txt": b"a dog", "x/8.png": encoded(8), "x/8.txt": b"n01440764"}
+    members |= {"9.png": encoded(9)[:20], "9.txt": b"a dog", "10.png": encoded(10), "10.txt": b" "}
+    tar_of(tmp_path / "cc3m/0.tar", members)
+    report = check.check(check.packed(tars.locate(entry.format(tmp_path), cache), cache))
+    found = {(problem.record, problem.kind) for problem in report.problems}
+    assert found == {("8", "text-is-id"), ("9", "record"), ("10", "record")}
+    assert report.records == 2
+
+
+def test_a_tar_that_cannot_be_fetched_is_a_problem_of_the_check(folder, cache, monkeypatch):
+    found = tars.locate(f"pipe:cat {folder}/000.tar", cache)
+    shutil.rmtree(cache.root / "files")
+    (folder / "000.tar").unlink()
+    (problem,) = check.check(check.packed(found, cache)).problems
+    assert (problem.kind, problem.where) == ("shard", f"pipe:cat {folder}/000.tar")
+    assert "cannot be fetched" in problem.message
+
+
 def link(name: str, kind: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, "/etc/passwd", 0
@@ -147,6 +169,13 @@ def test_hostile_and_odd_members_do_no_harm(tmp_path, cache, caplog):
     assert read(str(path), cache) == [(record(1), encoded(1))]
     assert "odd.tar: 1 of 6 samples have an image and a .json" in caplog.text
     assert {file.name for file in tmp_path.iterdir()} == {"odd.tar", "cache"}
+
+
+def test_a_compressed_tar_is_not_unpacked(tmp_path, cache):
+    path = tar_of(tmp_path / "plain.tar", {"r1.png": encoded(1), "r1.json": b" " * 10**7})
+    (tmp_path / "bomb.tar").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"bomb\.tar: no tar holds an image"):
+        tars.locate(str(tmp_path / "bomb.tar"), cache)
 
 
 def test_a_member_that_claims_to_be_huge_is_left_out(tmp_path, cache):

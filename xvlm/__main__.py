@@ -291,7 +291,8 @@ def data_pack(
     folder: Annotated[Path | None, typer.Option(help="Folder of the public data.")] = None,
     split: Annotated[str, typer.Option(help="Which part.")] = "train",
     limit: Annotated[int | None, typer.Option(help="Records at most (scenes need a number).")] = None,
-    allow_missing: Annotated[bool, typer.Option(help="Leave absent photographs out, and say how many.")] = False,
+    allow_missing: Annotated[bool, typer.Option(help="Leave absent photographs out, and say which.")] = False,
+    masks: Annotated[bool, typer.Option(help="Of the reader coco: keep the outlines of objects too.")] = False,
     allow_broken: Annotated[bool, typer.Option(help="Leave images out that cannot be decoded, and say which.")] = False,
     max_side: Annotated[int | None, typer.Option(min=1, help="Make larger images smaller: pixels.")] = None,
     avoid: Annotated[list[Path] | None, typer.Option(help="Packed evaluation set, none of whose images go in.")] = None,
@@ -303,8 +304,9 @@ def data_pack(
     from xvlm.data.shards import REMARKS, read_remarks
 
     asked = {"reader": reader, "out": out, "folder": folder, "splits": {split: limit}, "allow_missing": allow_missing}
-    asked |= {"allow_broken": allow_broken, "max_side": max_side, "avoid": avoid or [], "leaks": leaks}
-    config = CorpusConfig.model_validate(asked | {"workers": _cores() if workers is None else workers})
+    asked |= {"masks": masks, "allow_broken": allow_broken, "max_side": max_side, "avoid": avoid or [], "leaks": leaks}
+    asked["workers"] = _cores() if workers is None else workers
+    config = validate(CorpusConfig, asked, "xvlm data pack")
     packed = pack(config)[split]
     said = Counter((remark.why, remark.packed) for remark in read_remarks(out / split))
     for (why, kept), count in said.items():
@@ -317,7 +319,7 @@ def data_pack(
 
 @data.command("check")
 def data_check(
-    folder: Annotated[Path, typer.Argument(help="Shards; or with --reader, a source that is not packed yet.")],
+    folder: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:); with --reader, a source.")],
     reader: Annotated[str | None, typer.Option(help="What reads the source.")] = None,
     split: Annotated[str, typer.Option(help="Which part of the source.")] = "train",
     allow_missing: Annotated[bool, typer.Option(help="Absent photographs are no problem.")] = False,
@@ -336,11 +338,12 @@ def data_check(
         raise ValueError(
             f"--ignore {', '.join(sorted(unknown))}: no such kind of problem; there are {', '.join(KINDS)}"
         )
-    items = check.packed(folder)
-    if reader is not None:
+    if reader is None:
+        items = check.packed(_packed(folder))
+    else:
         asked = {"reader": reader, "out": folder, "folder": folder, "splits": {split: None}}
-        config = CorpusConfig.model_validate(asked | {"allow_missing": allow_missing})
-        items = check.read(read(config, split, None), str(folder))
+        config = validate(CorpusConfig, asked | {"allow_missing": allow_missing}, "xvlm data check")
+        items = check.read(read(config, split, None), folder)
     report = check.check(
         items,
         max_words=max_words,
@@ -360,13 +363,13 @@ def data_check(
 
 @data.command("stats")
 def data_stats(
-    shards: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    shards: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:).")],
     plots: Annotated[Path | None, typer.Option(help="Where a picture of the distributions goes.")] = None,
 ) -> None:
     """Count records, texts, boxes and words, per source and kind."""
     from xvlm.data import stats
 
-    counted = stats.count(shards)
+    counted = stats.count(_packed(shards))
     for line in counted.lines():
         typer.echo(line)
     if plots is not None:
@@ -374,6 +377,14 @@ def data_stats(
 
         plots.write_bytes(viz.histograms(counted.distributions()))
         typer.echo(str(plots))
+
+
+def _packed(entry: str) -> Path:
+    """The folder with the index of shards, which tars get in the cache."""
+    from xvlm.data import tars
+    from xvlm.data.cache import Cache
+
+    return tars.locate(entry, Cache())
 
 
 def _cores() -> int:
@@ -406,7 +417,7 @@ def data_index(
 
 @data.command("show")
 def data_show(
-    shards: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    shards: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:).")],
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("records.png"),
     count: Annotated[int, typer.Option(help="How many records.")] = 12,
     kind: Annotated[list[str] | None, typer.Option(help="regions, objects, ... Default: all with boxes.")] = None,
@@ -417,7 +428,7 @@ def data_show(
     from xvlm.data.shards import Shards
     from xvlm.data.stats import said_in
 
-    packed = Shards(shards)
+    packed = Shards(_packed(shards))
     pictures, captions = [], []
     for i in range(min(count, len(packed))):
         record, image = packed.read(i)
@@ -502,6 +513,29 @@ def bench_retrieval(
         repeats=repeats,
         clock=clock,
     )
+    _report(result, json_file)
+
+
+@bench.command("data")
+def bench_data(
+    shards: Annotated[Path | None, typer.Argument(help="A packed folder. Default: photographs made here.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many, at most; whole batches are read.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 32,
+    size: Annotated[int, typer.Option(min=1, help="Height and width that a model wants.")] = 224,
+    tokenizer: Annotated[str, typer.Option(help="Folder, shipped name or hub name of the words.")] = DEFAULT,
+    repeats: Annotated[int, typer.Option(min=1, help="Times are medians over them.")] = 5,
+    clock: Annotated[str, typer.Option(help="wall, or cpu: processor time, for a busy machine.")] = "wall",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go as well.")] = None,
+) -> None:
+    """Samples a core reads, decodes and augments per second, beside the same images by Pillow and torchvision."""
+    import torch
+
+    from xvlm.bench import data as reading
+    from xvlm.data.processor import Processor, ProcessorConfig
+
+    torch.set_num_threads(1)
+    processor = Processor.from_tokenizer(hub.locate(tokenizer), ProcessorConfig(image_size=size))
+    result = reading.bench_data(shards, processor, images=images, batch=batch, repeats=repeats, clock=clock)
     _report(result, json_file)
 
 

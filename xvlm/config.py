@@ -132,6 +132,10 @@ def _explain(config: type[BaseModel], error: Any) -> str:
         return f"missing key {key!r}"
     message = error["msg"].removeprefix("Value error, ")
     found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
+    if error["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        nearest = difflib.get_close_matches(str(error["input"]), choices, n=1)
+        found += f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"{key}: {message}{found}" if key else f"{message}{found}"
 
 

@@ -2,22 +2,25 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from xvlm import hub
+from xvlm.data.cache import Cache, is_remote
 from xvlm.data.leaks import Hashes, perceptual_hash
 from xvlm.data.parallel import ordered_map
 from xvlm.data.problems import KINDS, Item, Problem, boxes_of, problems_of, put_right
+from xvlm.data.readers.photographs import listing
 from xvlm.data.records import Record, unchecked
-from xvlm.data.shards import INDEX, read_index, sha256, write_shards
+from xvlm.data.shards import INDEX, Shard, captioned, read_index, sha256, write_shards
 
 CHANGES = "changes.jsonl"
 CORNER, ENOUGH = 0.5, 20  # the share of boxes ending in the lower right corner that is no chance, of so many at least
@@ -43,57 +46,74 @@ class Report:
         return [f"{kind}: {count} ({KINDS[kind]})" for kind, count in counts.most_common()]
 
 
-def packed(folder: Path) -> Iterator[Item | Problem]:
+def packed(folder: Path, cache: Cache = Cache()) -> Iterator[Item | Problem]:  # noqa: B008 (it never changes)
     """The records of a packed folder as they stand there, and what is wrong with its files.
+
+    Args:
+        cache: where shards from elsewhere are kept.
 
     Raises:
         FileNotFoundError, ValueError: there is no index, or it cannot be read.
     """
     for shard in read_index(folder).shards:
-        path = folder / shard.file
-        if not path.exists():
-            yield Problem("shard", (), f"no such file, but {INDEX} lists it", where=str(path))
+        place = shard.file if is_remote(shard.file) else str(folder / shard.file)
+        try:
+            file = cache.open(place)
+        except FileNotFoundError:
+            yield Problem("shard", (), f"no such file, but {INDEX} lists it", where=place)
             continue
-        if shard.sha256 and sha256(path) != shard.sha256:
-            yield Problem("shard", (), "not the bytes that were packed", where=str(path))
-        with path.open("rb") as file:
-            for key, image_at, image_size, json_at, json_size in shard.samples:
-                image, text = _at(file, image_at, image_size), _at(file, json_at, json_size)
-                if len(image) < image_size or len(text) < json_size:
-                    yield Problem("shard", (), "the shard ends before it", where=str(path), record=key)
+        except OSError as error:
+            yield Problem("shard", (), str(error), where=place)
+            continue
+        if shard.sha256 and sha256(Path(place)) != shard.sha256:
+            yield Problem("shard", (), "not the bytes that were packed", where=place)
+        with file:
+            length = os.fstat(file.fileno()).st_size
+            for key, *extents in shard.samples:
+                name = key.rpartition("/")[2]
+                if max(extents[0] + extents[1], extents[2] + extents[3]) > length:
+                    yield Problem("shard", (), "the shard ends before it", where=place, record=name)
                     continue
+                image, text = (os.pread(file.fileno(), extents[i + 1], extents[i]) for i in (0, 2))
                 try:
-                    document = json.loads(text)
+                    yield Item(place, name, _document(shard, place, name, image, text), image)
                 except ValueError as error:
-                    yield Problem("record", (), f"not readable as JSON: {error}", where=str(path), record=key)
-                    continue
-                if isinstance(document, dict):
-                    yield Item(str(path), key, document, image)
-                else:
-                    yield Problem("record", (), "expected a mapping", document, where=str(path), record=key)
+                    yield Problem("record", (), str(error), where=place, record=name)
 
 
-def _at(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
+def _document(shard: Shard, place: str, name: str, image: bytes, text: bytes) -> dict[str, Any]:
+    """A record as it stands there; of an image with a caption, what is made of them. Raises ValueError."""
+    if shard.text == "txt":
+        return captioned(name, place, image, text).model_dump(mode="json", exclude_defaults=True)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not readable as JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"expected a mapping (found {document!r:.120})")
+    return document
 
 
 def read(samples: Iterable[tuple[Record, bytes]], where: str) -> Iterator[Item | Problem]:
-    """What a reader yields, boxes and spans unchecked, and the error over which it stopped, if it did.
+    """What a reader yields, boxes and spans unchecked; what it cannot read; and the error that stopped it, if one did.
 
     Args:
         where: the folder it reads, for messages.
     """
-    samples = iter(samples)
+    samples, errors = iter(samples), []
     while True:
+        stopped, sample = "", None
         try:
-            with unchecked():
-                record, image = next(samples)
-        except StopIteration:
-            return
+            with unchecked(), listing(errors):
+                sample = next(samples, None)
         except (ValueError, OSError) as error:
-            yield Problem("reader", (), f"{error}; what follows was not looked at", where=where)
+            stopped = f"{error}; what follows was not looked at"
+        for message in filter(None, [*map(str, errors), stopped]):
+            yield Problem("reader", (), message, where=where)
+        errors.clear()
+        if sample is None:
             return
+        record, image = sample
         yield Item(where, record.id, record.model_dump(mode="json", exclude_defaults=True), image)
 
 
@@ -152,7 +172,10 @@ class _Seen(NamedTuple):
 def _look(item: Item | Problem, max_words: int, ignore: Collection[str], hashed: bool, fix: bool) -> _Seen | Problem:
     if isinstance(item, Problem):
         return item
-    found, picture = problems_of(item, max_words)
+    try:
+        found, picture = problems_of(item, max_words)
+    except RecursionError:
+        return Problem("record", (), "nested too deeply for a record", where=item.where, record=item.record)
     problems = [problem for problem in found if problem.kind not in ignore]
     corner = [item.document.get("width"), item.document.get("height")]
     boxes = boxes_of(item.document)

@@ -1,31 +1,91 @@
 """Encoded images: decoded safely, or written anew. Nothing here imports torch, so that many processes start quickly."""
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BytesIO
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+JPEG = ("JPEG", "MPO")  # MPO: a JPEG file with more pictures behind the first, as phones write
 MAX_PIXELS = 100_000_000
 QUALITY = 95  # of JPEG and WebP files that are written anew
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """An RGB image from an encoded file. Its EXIF orientation is left alone: boxes are of the stored pixels.
+class Undecodable(ValueError):
+    """Why an image cannot be decoded."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An encoded image of which only the header has been read: it has a size, and :func:`rgb` decodes it.
 
     Raises:
-        ValueError: with the reason, where the bytes are no image, end early, or hold more than 100 megapixels.
+        Undecodable: the bytes are no image, or one of more than 100 megapixels.
+    """
+    with _decoding(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
+        image = Image.open(BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS:,} pixels")
+        return image
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """An opened image decoded, in RGB. Its EXIF orientation is left alone: boxes are of the stored pixels.
+
+    Raises:
+        Undecodable: the file ends early or is damaged.
+    """
+    with _decoding():
+        image.load()
+        return image if image.mode == "RGB" else _eight_bits(image).convert("RGB")  # from RGB to RGB would copy
+
+
+def is_undecoded_jpeg(image: Image.Image) -> bool:
+    """Whether it is one that :func:`decode_small` can decode smaller."""
+    return image.format in JPEG and bool(image.tile)
+
+
+def decode_small(image: Image.Image, scale: int) -> UInt8[np.ndarray, "height width 3"]:
+    """The pixels of an opened image in RGB; those of a JPEG at ``1 / scale`` (1, 2, 4 or 8) of its size, rounded up.
+
+    Raises:
+        Undecodable: as :func:`rgb`.
+    """
+    if is_undecoded_jpeg(image):
+        small = {"min_height": math.ceil(image.height / scale), "min_width": math.ceil(image.width / scale)}
+        with suppress(ImportError, ValueError):  # ValueError: CMYK, or damage of which Pillow says more
+            from simplejpeg import decode_jpeg  # the same pixels as Pillow's, without copies of them
+
+            return decode_jpeg(image.fp.getbuffer(), "RGB", min_factor=scale, **small)
+        image.draft("RGB", (image.width // scale, image.height // scale))
+    return np.asarray(rgb(image))
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An RGB image from an encoded file.
+
+    Raises:
+        Undecodable: as :func:`open_image` and :func:`rgb`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            image = Image.open(BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels")
-        return _eight_bits(image).convert("RGB")
+        return rgb(open_image(data))
+    except Undecodable as error:
+        raise Undecodable(f"{error} ({len(data)} bytes)") from None
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Decoders raise whatever the bytes make them trip over."""
+    try:
+        yield
     except UnidentifiedImageError:
-        raise ValueError(f"image cannot be decoded ({len(data)} bytes): of no known format") from None
-    except Exception as error:  # decoders raise whatever the bytes make them trip over
-        raise ValueError(f"image cannot be decoded ({len(data)} bytes): {error}") from None
+        raise Undecodable("image cannot be decoded: of no known format") from None
+    except Exception as error:
+        raise Undecodable(f"image cannot be decoded: {error}") from None
 
 
 def plain(data: bytes, *, turn: bool) -> Image.Image:
@@ -53,5 +113,5 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def encode_like(image: Image.Image, data: bytes) -> bytes:
     """An RGB image in the format of another file: JPEG, WebP, or else PNG."""
     kind, file = Image.open(BytesIO(data)).format, BytesIO()
-    image.save(file, {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(kind, "PNG"), quality=QUALITY)
+    image.save(file, "JPEG" if kind in JPEG else "WEBP" if kind == "WEBP" else "PNG", quality=QUALITY)
     return file.getvalue()

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from xvlm.config import Configured
@@ -45,7 +45,8 @@ class CorpusConfig(Configured):
     reader: Reader
     out: Path
     folder: Path | None = None  # of the public data; scenes need none
-    allow_missing: bool = False  # leave photographs out that are listed but absent, and say how many
+    allow_missing: bool = False  # leave photographs out that are listed but absent, and say which
+    masks: bool = False  # of the reader coco: keep the outlines of objects too
     splits: dict[str, int | None]  # how many records at most; null: all
     scenes: SceneConfig = SceneConfig()
     max_side: Annotated[int, Field(gt=0)] | None = None  # larger images are made smaller; null: bytes stay as they are
@@ -53,6 +54,12 @@ class CorpusConfig(Configured):
     avoid: list[Path] = []  # packed evaluation sets, of whose images none may be in here
     leaks: Literal["drop", "report"] = "drop"
     workers: Annotated[int, Field(ge=0)] = 0  # processes that decode and re-encode; the result is the same
+
+    @model_validator(mode="after")
+    def masks_are_of_coco(self) -> "CorpusConfig":
+        if self.masks and self.reader != "coco":
+            raise ValueError(f"masks: a choice of the reader coco, not of {self.reader}")
+        return self
 
 
 def pack(config: CorpusConfig) -> dict[str, Shards]:
@@ -74,9 +81,16 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
             if config.avoid and guard is None:
                 guard = Guard(config.avoid, config.workers, progress=True)
             prepare = Preparation(config.max_side, config.allow_broken, guard, config.leaks == "report")
-            bar = tqdm(read(config, split, limit), desc=f"packing {split}", unit="record", total=limit)
+            absent: list[str] = []
+            bar = tqdm(read(config, split, limit, absent), desc=f"packing {split}", unit="record", total=limit)
             write_shards(
-                iter(bar), folder, prepare=prepare, workers=config.workers, description=description, progress=False
+                iter(bar),
+                folder,
+                prepare=prepare,
+                absent=absent,
+                workers=config.workers,
+                description=description,
+                progress=False,
             )
         packed[split] = Shards(folder)
     return packed
@@ -87,6 +101,8 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
     description: dict[str, Any] = {"reader": config.reader, "split": split, "limit": limit}
     if config.max_side is not None:
         description["max_side"] = config.max_side
+    if config.masks:
+        description["masks"] = True
     if config.avoid:
         avoid = {str(folder.resolve()): sha256(folder / INDEX) for folder in config.avoid}
         description |= {"avoid": avoid, "leaks": config.leaks}
@@ -95,8 +111,10 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
     return description | {"folder": str(config.folder.resolve()) if config.folder else None}
 
 
-def read(config: CorpusConfig, split: str, limit: int | None) -> Iterator[tuple[Record, bytes]]:
-    """Records and image bytes of one split."""
+def read(
+    config: CorpusConfig, split: str, limit: int | None, absent: list[str] | None = None
+) -> Iterator[tuple[Record, bytes]]:
+    """Records and image bytes of one split; with ``allow_missing``, ``absent`` takes the names of absent images."""
     if config.reader == "scenes":
         if limit is None:
             raise ValueError(f"corpus.splits.{split}: scenes never end, so a number is needed")
@@ -104,4 +122,6 @@ def read(config: CorpusConfig, split: str, limit: int | None) -> Iterator[tuple[
     if config.folder is None:
         raise ValueError(f"corpus.folder: the reader {config.reader} needs the folder of the data (corpus.folder=...)")
     reader = import_module(f"xvlm.data.readers.{config.reader}")
-    return islice(reader.read(config.folder, split, allow_missing=config.allow_missing), limit)
+    allow_missing = config.allow_missing and (True if absent is None else absent)
+    options = {"masks": True} if config.masks else {}
+    return islice(reader.read(config.folder, split, allow_missing=allow_missing, **options), limit)

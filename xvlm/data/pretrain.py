@@ -8,7 +8,7 @@ import logging
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -26,12 +26,12 @@ from xvlm.boxes import merge
 from xvlm.config import Configured
 from xvlm.data import tars
 from xvlm.data.cache import Cache
-from xvlm.data.images import decode_image
+from xvlm.data.images import Undecodable, open_image, rgb
 from xvlm.data.mixture import Mixture
 from xvlm.data.processor import Processor, to_tensor
 from xvlm.data.records import Box, Object, Record
 from xvlm.data.shards import BrokenSample, Shards
-from xvlm.data.transforms import AugmentConfig, augment, targets
+from xvlm.data.transforms import AugmentConfig, Augmented, augment, targets
 from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch, Masked, Movable, Regions
 
@@ -214,21 +214,27 @@ class Sample:
 
 
 def read_image(shards: Shards, i: int) -> tuple[Record, Image.Image]:
-    """A record and its decoded image.
+    """A record and its image, of which only the header has been decoded.
 
     Raises:
-        BrokenSample: also where the image cannot be decoded or has not the record's size.
+        BrokenSample: also where the image cannot be opened or has not the record's size.
     """
     record, data = shards.read(i)
-    file = shards.files[shards.shard_of(i)]
-    try:
-        image = decode_image(data)
-    except ValueError as error:
-        raise BrokenSample(file, record.id, str(error)) from None
+    with broken_if_undecodable(shards, i):
+        image = open_image(data)
     if image.size != (record.width, record.height):
         found = f"image is {image.width}x{image.height}, the record says {record.width}x{record.height}"
-        raise BrokenSample(file, record.id, found)
+        raise shards.broken(i, found)
     return record, image
+
+
+@contextmanager
+def broken_if_undecodable(shards: Shards, i: int) -> Iterator[None]:
+    """Turns what is wrong with the image of a sample into a BrokenSample that names it."""
+    try:
+        yield
+    except Undecodable as error:
+        raise shards.broken(i, str(error)) from None
 
 
 def mentions(
@@ -360,7 +366,7 @@ class Stream(Dataset):
         Raises:
             BrokenSample: it cannot be used.
         """
-        config, size = self.config, self.processor.config.image_size
+        config = self.config
         record, image = read_image(shards, i)
         captioned = bool(record.captions) and (config.grain == "caption" or config.with_caption)
         captions = _captions(record, config, rng) if captioned else []
@@ -368,13 +374,13 @@ class Stream(Dataset):
         parts = mentions(record, kinds, config.attributes, rng) if config.grain == "region" else []
         if not (parts if config.grain == "region" else captions):
             wanted = "caption" if config.grain == "caption" else f"{', '.join(kinds)} with a box"
-            raise BrokenSample(shards.files[shards.shard_of(i)], record.id, f"the record has no {wanted}")
+            raise shards.broken(i, f"the record has no {wanted}")
 
         boxes_xyxy = torch.tensor([box for _, _, box in parts], dtype=torch.float64).reshape(-1, 4)
         texts = captions + [text for _, text, _ in parts]
         anchor = rng.randrange(len(parts)) if parts else None
-        seen = augment(image, boxes_xyxy, texts, anchor, config.augment, size, rng, self.processor.config.resampling)
-        whole = [0.0, 0.0, float(size[1]), float(size[0])]
+        seen = self.augmented(shards, i, image, rng, texts, boxes_xyxy, anchor)
+        whole = [0.0, 0.0, *map(float, seen.image.size)]
         wanted = [("caption", text, whole) for text in seen.texts[: len(captions)]]
         visible = [
             (parts[part][0], seen.texts[len(captions) + part], box)
@@ -383,8 +389,28 @@ class Stream(Dataset):
         wanted += rng.sample(visible, len(visible))
         said = self._said(wanted, rng)
         if not said and wanted:
-            raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "no text has words once it is cleaned")
+            raise shards.broken(i, "no text has words once it is cleaned")
         return Sample(place, record, source or record.source, to_tensor(seen.image), said)
+
+    def augmented(
+        self,
+        shards: Shards,
+        i: int,
+        image: Image.Image,
+        rng: Random,
+        texts: Sequence[str] = (),
+        boxes_xyxy: Float[Tensor, "n 4"] | None = None,
+        keep: int | None = None,
+    ) -> Augmented:
+        """The image of a sample as the stream's configuration has it augmented; see :func:`augment`.
+
+        Raises:
+            BrokenSample: it cannot be decoded.
+        """
+        boxes_xyxy = torch.zeros(0, 4) if boxes_xyxy is None else boxes_xyxy
+        size, resampling = self.processor.config.image_size, self.processor.config.resampling
+        with broken_if_undecodable(shards, i):
+            return augment(image, boxes_xyxy, texts, keep, self.config.augment, size, rng, resampling)
 
     def _find(self, source: str, index: int) -> tuple[Shards, int]:
         """The folder that holds a sample of a source, and the sample's number in it."""
@@ -462,11 +488,12 @@ def records(
         for i in indices[first : first + batch_size]:
             try:
                 record, image = read_image(shards, i)
+                with broken_if_undecodable(shards, i):
+                    images.append(processor.pixel_values(rgb(image)))
             except BrokenSample as error:
                 broken.append(str(error))
                 continue
             some.append(record)
-            images.append(processor.pixel_values(image))
         if some:
             yield some, torch.stack(images)
     if broken:

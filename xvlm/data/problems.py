@@ -16,12 +16,12 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import ValidationError
 
-from xvlm.data.images import decode_image, encode_like, plain
+from xvlm.data.images import JPEG, decode_image, encode_like, plain
 from xvlm.data.records import Record, unchecked
 
 KINDS = {
     "shard": "a shard that is missing, changed, or ends early",
-    "reader": "the reader stopped there",
+    "reader": "an entry or a file that the reader cannot read",
     "record": "a field that is missing, unknown, or of the wrong type",
     "duplicate-id": "an id that another record has",
     "near-duplicate": "an image that looks like another one",
@@ -46,7 +46,7 @@ KINDS = {
     "text-is-id": "an id, a number or a file name where words should be",
 }
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # MPO: a JPEG file with more pictures behind the first, as phones write
+FORMATS = (*JPEG, "PNG", "WEBP")
 MODES = ("RGB", "L")
 TEXTS = ("captions", "descriptions", "attributes", "label", "text")
 SLIGHTLY = 0.02  # of the image's side: a box that sticks out by no more is cut off, one by more is not believed

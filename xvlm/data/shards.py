@@ -6,7 +6,6 @@ A packed folder holds ``000000.tar``, ``000001.tar``, ... with members ``<id>.jp
 """
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -16,23 +15,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image, UnidentifiedImageError
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from xvlm import hub
 from xvlm.config import Configured
 from xvlm.data.cache import Cache, is_remote
+from xvlm.data.images import open_image
 from xvlm.data.parallel import ordered_map
 from xvlm.data.records import Record
 
 INDEX = "index.json"
 JOURNAL = "packing.jsonl"  # of a folder that is not packed yet
 REMARKS = "remarks.jsonl"
+Extent = Annotated[int, Field(ge=0, lt=2**63)]  # bytes
 OPEN_AT_ONCE = 16  # shards an instance keeps open: twice a window of `epoch_order`
 AGAIN_AFTER = 600.0  # seconds until a shard that cannot be read is tried again
 
@@ -57,7 +57,7 @@ class Shard(Configured):
     file: str  # in the folder of the index; or a path, a URL or a pipe
     size: int
     text: Literal["json", "txt"] = "json"  # a record, or a caption
-    samples: list[tuple[str, int, int, int, int]]
+    samples: list[tuple[str, Extent, Extent, Extent, Extent]]
     sha256: str = ""
 
 
@@ -71,10 +71,13 @@ class Index(Configured):
 
 
 class Remark(Configured):
-    """What there is to say about a record that was left out, or packed although something speaks against it."""
+    """What there is to say about a record that was left out, or packed although something speaks against it.
+
+    ``record`` is the image's name where ``why`` is absent: there is no record then.
+    """
 
     record: str
-    why: Literal["unreadable", "leak"]
+    why: Literal["unreadable", "leak", "absent"]
     packed: bool
     message: str
 
@@ -108,6 +111,7 @@ def write_shards(
     folder: Path,
     *,
     prepare: Callable[[Record, bytes], Prepared] = as_it_is,
+    absent: Sequence[str] = (),
     workers: int = 0,
     samples_per_shard: int = 1000,
     description: dict | None = None,
@@ -123,6 +127,7 @@ def write_shards(
     Args:
         prepare: what each sample goes through first, in ``workers`` processes (0: in this one); it must give equal
             results for equal samples, and differ only where the description does.
+        absent: names of images that samples should have had, complete once all samples were read; they become remarks.
 
     Raises:
         FileExistsError: the folder is packed already.
@@ -169,6 +174,7 @@ def write_shards(
         left_out = f"; {len(remarks)} were left out, the first because {remarks[0].message}" if remarks else ""
         raise ValueError(f"{folder}: there are no samples to pack{left_out}")
     remarks = [remark for part in finished for remark in part.remarks] + remarks
+    remarks += [Remark(record=name, why="absent", packed=False, message="listed, but not there") for name in absent]
     if remarks:
         hub.write_atomically(folder / REMARKS, "".join(remark.model_dump_json() + "\n" for remark in remarks))
     written = {part.shard.file for part in finished}
@@ -371,13 +377,16 @@ class Shards:
             text = self._read(shard, text_at, text_size)
             return self._record(shard, self.key(i), image, text), image
         except (OSError, ValueError) as error:
-            raise BrokenSample(self.files[shard], self.key(i), str(error)) from None
+            raise self.broken(i, str(error)) from None
+
+    def broken(self, i: int, reason: str) -> BrokenSample:
+        """What to raise over sample ``i``."""
+        return BrokenSample(self.files[self.shard_of(i)], self.key(i), reason)
 
     def _record(self, shard: int, key: str, image: bytes, text: bytes) -> Record:
         name = key.rpartition("/")[2]
         if self._captions[shard]:
-            source = Path(self.files[shard]).parent.name or "tars"
-            return captioned(name, source, image, text)
+            return captioned(name, self.files[shard], image, text)
         try:
             record = Record.model_validate_json(text)
         except ValidationError as error:
@@ -389,10 +398,11 @@ class Shards:
         return record
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._file(shard).fileno(), size, offset)
-        if len(data) < size:
-            raise ValueError(f"the shard ends early ({len(data)} of {size} bytes at {offset})")
-        return data
+        file = self._file(shard).fileno()
+        there = min(size, max(0, os.fstat(file).st_size - offset))
+        if there < size:  # asked first: reading takes memory for all that an index says
+            raise ValueError(f"the shard ends early ({there} of {size} bytes at {offset})")
+        return os.pread(file, size, offset)
 
     def _file(self, shard: int) -> BinaryIO:
         """The open shard; a forked process opens its own.
@@ -418,19 +428,17 @@ class Shards:
         return self._open[opened]
 
 
-def captioned(name: str, source: str, image: bytes, text: bytes) -> Record:
-    """A record of an encoded image and its caption, UTF-8.
+def captioned(name: str, place: str, image: bytes, text: bytes) -> Record:
+    """A record of an encoded image and its caption, UTF-8; the source is the folder of the tar, ``place``.
 
     Raises:
         ValueError: either of them is unreadable or empty.
     """
-    try:
-        width, height = Image.open(io.BytesIO(image)).size
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image cannot be decoded ({len(image)} bytes): {error}") from None
+    width, height = open_image(image).size
     caption = text.decode().strip()
     if not caption:
         raise ValueError("the caption is empty")
+    source = Path(place).parent.name or "tars"
     return Record(id=name, source=source, width=width, height=height, captions=[caption])
 
 

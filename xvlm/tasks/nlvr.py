@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
 from torch import Tensor, nn
 
 from xvlm import losses
@@ -20,8 +19,7 @@ from xvlm.data.pretrain import Stream, read_image
 from xvlm.data.pretrain import records as read_records
 from xvlm.data.processor import Processor, to_tensor
 from xvlm.data.records import Record
-from xvlm.data.shards import BrokenSample, Shards
-from xvlm.data.transforms import augment
+from xvlm.data.shards import Shards
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Batch, Concepts, Movable, Texts
 
@@ -180,16 +178,16 @@ class Pairs(Stream):
         record, image = read_image(shards, i)
         known = [statement for statement in record.statements if self.processor.has_words(statement.text)]
         if not known:
-            raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "the record has no statement")
+            raise shards.broken(i, "the record has no statement")
         drawn = rng.sample(known, min(self.config.max_regions, len(known)))
         names = list(dict.fromkeys(statement.other for statement in drawn))
-        others = [self._look(read_image(shards, number_of(shards, i, record, name))[1], rng) for name in names]
+        others = [self._look(shards, number_of(shards, i, record, name), rng) for name in names]
         said = [Said(self.processor.encode(s.text)[0], s.label, names.index(s.other)) for s in drawn]
-        return Left(record, source or record.source, self._look(image, rng), others, said)
+        left = to_tensor(self.augmented(shards, i, image, rng).image)
+        return Left(record, source or record.source, left, others, said)
 
-    def _look(self, image: Image.Image, rng: Random) -> UInt8[Tensor, "3 height width"]:
-        size, resampling = self.processor.config.image_size, self.processor.config.resampling
-        return to_tensor(augment(image, torch.zeros(0, 4), [], None, self.config.augment, size, rng, resampling).image)
+    def _look(self, shards: Shards, i: int, rng: Random) -> UInt8[Tensor, "3 height width"]:
+        return to_tensor(self.augmented(shards, i, read_image(shards, i)[1], rng).image)
 
     def batch(self, texts: Sequence[tuple[Left, Said]], skipped: tuple[str, ...]) -> Statements:
         lefts = list({id(left): left for left, _ in texts}.values())
@@ -219,7 +217,7 @@ def number_of(shards: Shards, i: int, record: Record, other: str) -> int:
         return shards.find(other)
     except KeyError:
         reason = f"the other image of a statement, {other!r}, is not in {shards.folder}"
-        raise BrokenSample(shards.files[shards.shard_of(i)], record.id, reason) from None
+        raise shards.broken(i, reason) from None
 
 
 # Evaluation.

@@ -19,8 +19,7 @@ from xvlm.config import Configured
 from xvlm.data.pretrain import Said, Sample, Stream, read_image
 from xvlm.data.processor import Processor, to_tensor
 from xvlm.data.records import Record
-from xvlm.data.shards import BrokenSample, Shards
-from xvlm.data.transforms import augment
+from xvlm.data.shards import Shards
 from xvlm.metrics import vqa as official
 from xvlm.models.decoder import Answerer, Writing, next_words
 from xvlm.models.generation import GenerationConfig, Written, generate
@@ -142,8 +141,7 @@ class Questions(Stream):
         known = [question for question in record.questions if question.answers]
         chosen = rng.sample(known, min(self.config.max_regions, len(known)))
         texts = [question.text for question in chosen] + [answer for each in chosen for answer in each.answers]
-        size, resampling = self.processor.config.image_size, self.processor.config.resampling
-        seen = augment(image, torch.zeros(0, 4), texts, None, self.config.augment, size, rng, resampling)
+        seen = self.augmented(shards, i, image, rng, texts)
         answers, said = iter(seen.texts[len(chosen) :]), []
         for question, text in zip(chosen, seen.texts, strict=False):
             given = [(next(answers), weight) for weight in question.answers.values()]
@@ -153,7 +151,7 @@ class Questions(Stream):
                 whole = [0.0, 0.0, float(size[1]), float(size[0])]
                 said.append(Asked(ids, ids, [False] * len(ids), "question", whole, given))
         if not said:
-            raise BrokenSample(shards.files[shards.shard_of(i)], record.id, "the record has no question with an answer")
+            raise shards.broken(i, "the record has no question with an answer")
         return Sample(place, record, source or record.source, to_tensor(seen.image), said)
 
     def batch(self, texts: Sequence[tuple[Sample, Asked]], skipped: tuple[str, ...]) -> AnsweredBatch:

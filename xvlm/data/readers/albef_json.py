@@ -28,6 +28,7 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
+    entry,
     identifier,
     known_as,
     load,
@@ -80,19 +81,21 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         raise FileNotFoundError(f"{folder}: neither {split}.json nor *_{split}.json")
     rows_of: dict[str, list[tuple[str, Row]]] = {}
     for i, row in enumerate(load(list[Row], path)):
-        where = f"{path}: row {i}"
-        if bool(row.image) == (len(row.images) == 2):
-            raise ValueError(f"{where}: expected the path of one image, or of two in images")
-        if row.images:
-            rows_of.setdefault(row.images[1], [])
-        rows_of.setdefault(row.image or row.images[0], []).append((where, row))
+        with entry():
+            where = f"{path}: row {i}"
+            if bool(row.image) == (len(row.images) == 2):
+                raise ValueError(f"{where}: expected the path of one image, or of two in images")
+            if row.images:
+                rows_of.setdefault(row.images[1], [])
+            rows_of.setdefault(row.image or row.images[0], []).append((where, row))
     source = folder.resolve().name
     with Photographs(folder, ".", "images", allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():
-            found = images.find(f"{path.name} lists it", name)
-            if found is not None:
-                complete = [(where, row) for where, row in rows if all(images.locate(one) for one in row.images)]
-                yield _record(name, complete, found, {"source": source, "split": part}), found.image
+            with entry():
+                found = images.find(f"{path.name} lists it", name)
+                if found is not None:
+                    complete = [(where, row) for where, row in rows if all(images.locate(one) for one in row.images)]
+                    yield _record(name, complete, found, {"source": source, "split": part}), found.image
 
 
 def _record(name: str, rows: list[tuple[str, Row]], found: Found, of: dict[str, str]) -> Record:

@@ -18,7 +18,17 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.dataclasses import dataclass
 
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, load, record
+from xvlm.data.readers.photographs import (
+    AllowMissing,
+    Photographs,
+    Sample,
+    corners,
+    entry,
+    inside,
+    known_as,
+    load,
+    record,
+)
 from xvlm.data.records import RLE, Object
 
 SOURCE = "coco"
@@ -126,35 +136,37 @@ def read(
     licences = {one.id: f"{one.name} {one.url}".strip() for one in captioned.licenses + boxed.licenses}
     with Photographs(folder, f"images/{split}", split, "images", allow_missing=allow_missing) as images:
         for photograph in photographs.values():
-            found = images.find(f"the annotations of {split} list it", photograph.file_name)
-            if found is None:
-                continue
-            objects = objects_of(instances_at, instances.get(photograph.id, []), labels, photograph, masks)
-            if objects:
-                found.check_size(photograph.width, photograph.height)
-            made = record(
-                f"{folder}: image {photograph.id}",
-                found,
-                id=str(photograph.id),
-                source=SOURCE,
-                split=part,
-                captions=captions.get(photograph.id, []),
-                objects=objects,
-                licence=licences.get(photograph.license, ""),
-                credit=photograph.flickr_url,
-                same_as=known_as(photograph.flickr_url),
-            )
-            yield made, found.image
+            with entry():
+                found = images.find(f"the annotations of {split} list it", photograph.file_name)
+                if found is None:
+                    continue
+                objects = objects_of(instances_at, instances.get(photograph.id, []), labels, photograph, masks)
+                if objects:
+                    found.check_size(photograph.width, photograph.height)
+                made = record(
+                    f"{folder}: image {photograph.id}",
+                    found,
+                    id=str(photograph.id),
+                    source=SOURCE,
+                    split=part,
+                    captions=captions.get(photograph.id, []),
+                    objects=objects,
+                    licence=licences.get(photograph.license, ""),
+                    credit=photograph.flickr_url,
+                    same_as=known_as(photograph.flickr_url),
+                )
+                yield made, found.image
 
 
 def _captions(path: Path, file: CaptionFile, photographs: dict[int, Photograph]) -> dict[int, list[str]]:
     captions = defaultdict(list)
     for annotation in file.annotations:
-        _known(path, annotation, photographs)
-        text = " ".join(annotation.caption.split())  # some are typed over two lines
-        if not text:
-            raise ValueError(f"{path}: annotation {annotation.id}: caption is empty")
-        captions[annotation.image_id].append(text)
+        with entry():
+            _known(path, annotation, photographs)
+            text = " ".join(annotation.caption.split())  # some are typed over two lines
+            if not text:
+                raise ValueError(f"{path}: annotation {annotation.id}: caption is empty")
+            captions[annotation.image_id].append(text)
     return captions
 
 
@@ -167,13 +179,14 @@ def instances_of(path: Path, file: InstanceFile, photographs: dict[int, Photogra
     known = {category.id for category in file.categories}
     instances = defaultdict(list)
     for annotation in file.annotations:
-        _known(path, annotation, photographs)
-        if annotation.category_id not in known:
-            raise ValueError(
-                f"{path}: annotation {annotation.id}: category_id {annotation.category_id} is not among the file's "
-                f"{len(known)} categories"
-            )
-        instances[annotation.image_id].append(annotation)
+        with entry():
+            _known(path, annotation, photographs)
+            if annotation.category_id not in known:
+                raise ValueError(
+                    f"{path}: annotation {annotation.id}: category_id {annotation.category_id} is not among the file's "
+                    f"{len(known)} categories"
+                )
+            instances[annotation.image_id].append(annotation)
     return instances
 
 

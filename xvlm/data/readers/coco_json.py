@@ -27,6 +27,7 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
+    entry,
     identifier,
     known_as,
     load,
@@ -95,52 +96,54 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     known = {picture.id for picture in file.images}
     said: dict[Id, list[tuple[str, Annotation]]] = defaultdict(list)
     for i, annotation in enumerate(file.annotations):
-        where = f"{path}: annotations.{i}"
-        if annotation.image_id not in known:
-            raise ValueError(f"{where}: image_id {annotation.image_id!r} is not among the images")
-        if annotation.caption is None and annotation.category_id not in labels:
-            raise ValueError(
-                f"{where}: no caption, and category_id {annotation.category_id!r} is not among the file's "
-                f"{len(labels)} categories"
-            )
-        if annotation.caption is None and annotation.bbox is None:
-            raise ValueError(f"{where}: no caption and no bbox")
-        said[annotation.image_id].append((where, annotation))
+        with entry():
+            where = f"{path}: annotations.{i}"
+            if annotation.image_id not in known:
+                raise ValueError(f"{where}: image_id {annotation.image_id!r} is not among the images")
+            if annotation.caption is None and annotation.category_id not in labels:
+                raise ValueError(
+                    f"{where}: no caption, and category_id {annotation.category_id!r} is not among the file's "
+                    f"{len(labels)} categories"
+                )
+            if annotation.caption is None and annotation.bbox is None:
+                raise ValueError(f"{where}: no caption and no bbox")
+            said[annotation.image_id].append((where, annotation))
     source = folder.resolve().name
     with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
         for picture in file.images:
-            found = images.find(f"{path.name} lists it", picture.file_name)
-            if found is None:
-                continue
-            if picture.width is not None and picture.height is not None:
-                found.check_size(picture.width, picture.height)
-            captions: list[str] = []
-            regions: list[Region] = []
-            objects: list[Object] = []
-            for where, annotation in said[picture.id]:
-                text = annotation.caption
-                if text is not None and not text.strip():
-                    raise ValueError(f"{where}: caption is empty")
-                if annotation.bbox is None:
-                    captions.append(text.strip())
+            with entry():
+                found = images.find(f"{path.name} lists it", picture.file_name)
+                if found is None:
                     continue
-                box = nearly_inside(where, corners(annotation.bbox), found.width, found.height)
-                if text is not None:
-                    regions.append(Region(box_xyxy=box, descriptions=[text.strip()]))
-                else:
-                    given = annotation.attributes
-                    words = [word for word in given if isinstance(word, str)] if isinstance(given, list) else []
-                    objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], attributes=words))
-            made = record(
-                f"{path}: {picture.file_name}",
-                found,
-                id=identifier(picture.file_name),
-                source=source,
-                split=part,
-                captions=captions,
-                regions=regions,
-                objects=objects,
-                original_id=str(picture.id),
-                same_as=known_as(picture.file_name),
-            )
-            yield made, found.image
+                if picture.width is not None and picture.height is not None:
+                    found.check_size(picture.width, picture.height)
+                captions: list[str] = []
+                regions: list[Region] = []
+                objects: list[Object] = []
+                for where, annotation in said[picture.id]:
+                    text = annotation.caption
+                    if text is not None and not text.strip():
+                        raise ValueError(f"{where}: caption is empty")
+                    if annotation.bbox is None:
+                        captions.append(text.strip())
+                        continue
+                    box = nearly_inside(where, corners(annotation.bbox), found.width, found.height)
+                    if text is not None:
+                        regions.append(Region(box_xyxy=box, descriptions=[text.strip()]))
+                    else:
+                        given = annotation.attributes
+                        words = [word for word in given if isinstance(word, str)] if isinstance(given, list) else []
+                        objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], attributes=words))
+                made = record(
+                    f"{path}: {picture.file_name}",
+                    found,
+                    id=identifier(picture.file_name),
+                    source=source,
+                    split=part,
+                    captions=captions,
+                    regions=regions,
+                    objects=objects,
+                    original_id=str(picture.id),
+                    same_as=known_as(picture.file_name),
+                )
+                yield made, found.image

@@ -31,6 +31,7 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
+    entry,
     identifier,
     known_as,
     load_table,
@@ -71,9 +72,10 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     source = folder.resolve().name
     with Photographs(folder, ".", "images", f"images/{split}", split, allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():
-            found = images.find(f"{path.name} lists it", name)
-            if found is not None:
-                yield _record(name, rows, columns, found, {"source": source, "split": part}), found.image
+            with entry():
+                found = images.find(f"{path.name} lists it", name)
+                if found is not None:
+                    yield _record(name, rows, columns, found, {"source": source, "split": part}), found.image
 
 
 def _table(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, Row]]]]:
@@ -82,9 +84,10 @@ def _table(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, Row]]
     columns = _box_columns(path, heading)
     rows_of: dict[str, list[tuple[str, Row]]] = {}
     for where, row in rows:
-        if not row["image"]:
-            raise ValueError(f"{where}: image is empty")
-        rows_of.setdefault(row["image"], []).append((where, row))
+        with entry():
+            if not row["image"]:
+                raise ValueError(f"{where}: image is empty")
+            rows_of.setdefault(row["image"], []).append((where, row))
     return columns, rows_of
 
 

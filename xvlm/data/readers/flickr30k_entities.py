@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, around, inside, record
+from xvlm.data.readers.photographs import (
+    LARGEST,
+    AllowMissing,
+    Found,
+    Photographs,
+    Sample,
+    around,
+    entry,
+    inside,
+    record,
+)
 from xvlm.data.records import Box, Phrase, Record, Region
 
 SOURCE = "flickr30k_entities"
@@ -50,9 +60,10 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     with Photographs(folder, "images", allow_missing=allow_missing) as images:
         annotations = _annotations(folder)
         for name in names:
-            found = images.find(f"{split}.txt lists {name}", f"{name}.jpg")
-            if found is not None:
-                yield _record(name, split, found, annotations), found.image
+            with entry():
+                found = images.find(f"{split}.txt lists {name}", f"{name}.jpg")
+                if found is not None:
+                    yield _record(name, split, found, annotations), found.image
 
 
 def _listed(folder: Path, split: str) -> list[str]:
@@ -84,6 +95,8 @@ def _text(annotations: Path | zipfile.Path, member: str) -> tuple[str, str]:
     path = annotations / member
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file, but the photograph is listed")
+    if isinstance(path, zipfile.Path) and (size := path.root.getinfo(path.at).file_size) > LARGEST:
+        raise ValueError(f"{path}: {size} bytes once unpacked; expected the annotations of one photograph")
     try:
         return str(path), path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

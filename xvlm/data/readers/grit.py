@@ -17,11 +17,13 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from xvlm.data.readers.photographs import (
+    LARGEST,
     AllowMissing,
     Found,
     Photographs,
     Sample,
     around,
+    entry,
     explained,
     inside,
     record,
@@ -29,7 +31,6 @@ from xvlm.data.readers.photographs import (
 from xvlm.data.records import Box, Expression, Phrase, Record
 
 SOURCE = "grit"
-LARGEST = 256 * 1024**2  # bytes of a member of a tar file
 
 Tied = tuple[float, float, float, float, float, float, float]  # first character, one after the last, box, confidence
 
@@ -63,16 +64,18 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         raise FileNotFoundError(f"{folder}: neither tar files nor folders with .json and .jpg files")
     with Photographs(folder, ".", allow_missing=allow_missing) as images:
         for path in entries:
-            entry = _entry(str(path), path.read_bytes())
-            name = str(path.relative_to(folder).with_suffix(".jpg"))
-            if (found := images.find(f"{path.name} describes it", name)) is not None:
-                yield _record(str(path), entry, found), found.image
+            with entry():
+                entry = _entry(str(path), path.read_bytes())
+                name = str(path.relative_to(folder).with_suffix(".jpg"))
+                if (found := images.find(f"{path.name} describes it", name)) is not None:
+                    yield _record(str(path), entry, found), found.image
         for path in archives:
             for where, document, image in _members(path):
-                entry = _entry(where, document)
-                name = f"{entry.key}.jpg"
-                if (found := images.take(f"{path.name} describes it", name, path / name, image)) is not None:
-                    yield _record(where, entry, found), found.image
+                with entry():
+                    entry = _entry(where, document)
+                    name = f"{entry.key}.jpg"
+                    if (found := images.take(f"{path.name} describes it", name, path / name, image)) is not None:
+                        yield _record(where, entry, found), found.image
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes, bytes | None]]:

@@ -26,6 +26,7 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
+    entry,
     identifier,
     known_as,
     load_lines,
@@ -88,26 +89,27 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     source = folder.resolve().name
     with Photographs(folder, ".", "images", f"images/{split}", split, allow_missing=allow_missing) as images:
         for where, line in load_lines(Line, path):
-            if bool(line.image) == bool(line.image_base64) or not (line.image or line.id):
-                raise ValueError(f"{where}: expected the path of an image in image, or image_base64 and an id")
-            if line.image:
-                found = images.find(f"{where} lists it", line.image)
-            else:
-                found = images.take(f"{where} has it", line.id, Path(where), line.image_base64)
-            if found is None:
-                continue
-            if line.width is not None and line.height is not None:
-                found.check_size(line.width, line.height)
-            boxed = {
-                kind: [thing.fields(f"{where}: {kind}.{i}") for i, thing in enumerate(getattr(line, kind))]
-                for kind in ("regions", "objects", "expressions")
-            }
-            ours = {
-                "id": line.id or identifier(line.image),
-                "source": source,
-                "split": part,
-                "original_id": line.image,
-                "same_as": known_as(line.image),
-            }
-            made = record(where, found, **(ours | (line.model_extra or {}) | boxed))
-            yield made, found.image
+            with entry():
+                if bool(line.image) == bool(line.image_base64) or not (line.image or line.id):
+                    raise ValueError(f"{where}: expected the path of an image in image, or image_base64 and an id")
+                if line.image:
+                    found = images.find(f"{where} lists it", line.image)
+                else:
+                    found = images.take(f"{where} has it", line.id, Path(where), line.image_base64)
+                if found is None:
+                    continue
+                if line.width is not None and line.height is not None:
+                    found.check_size(line.width, line.height)
+                boxed = {
+                    kind: [thing.fields(f"{where}: {kind}.{i}") for i, thing in enumerate(getattr(line, kind))]
+                    for kind in ("regions", "objects", "expressions")
+                }
+                ours = {
+                    "id": line.id or identifier(line.image),
+                    "source": source,
+                    "split": part,
+                    "original_id": line.image,
+                    "same_as": known_as(line.image),
+                }
+                made = record(where, found, **(ours | (line.model_extra or {}) | boxed))
+                yield made, found.image

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xvlm.data.readers.coco import InstanceFile, instances_of, objects_of
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, load, only, part_of, record
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, entry, load, only, part_of, record
 
 SOURCE = "objects365"
 
@@ -45,21 +45,22 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     labels = {category.id: category.name for category in file.categories}
     with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
         for photograph in file.images:
-            if photograph.id not in instances:
-                continue
-            name = Path(photograph.file_name)
-            names_of_copies = (photograph.file_name, f"{name.parent.name}/{name.name}", name.name)
-            found = images.find(f"{path.name} lists it", *dict.fromkeys(names_of_copies))
-            if found is None:
-                continue
-            found.check_size(photograph.width, photograph.height)
-            made = record(
-                f"{path}: image {photograph.id}",
-                found,
-                id=str(photograph.id),
-                source=SOURCE,
-                split=part,
-                objects=objects_of(path, instances[photograph.id], labels, photograph, masks=False),
-                original_id=photograph.file_name,
-            )
-            yield made, found.image
+            with entry():
+                if photograph.id not in instances:
+                    continue
+                name = Path(photograph.file_name)
+                names_of_copies = (photograph.file_name, f"{name.parent.name}/{name.name}", name.name)
+                found = images.find(f"{path.name} lists it", *dict.fromkeys(names_of_copies))
+                if found is None:
+                    continue
+                found.check_size(photograph.width, photograph.height)
+                made = record(
+                    f"{path}: image {photograph.id}",
+                    found,
+                    id=str(photograph.id),
+                    source=SOURCE,
+                    split=part,
+                    objects=objects_of(path, instances[photograph.id], labels, photograph, masks=False),
+                    original_id=photograph.file_name,
+                )
+                yield made, found.image

@@ -21,6 +21,7 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     around,
+    entry,
     identifier,
     inside,
     known_as,
@@ -91,40 +92,41 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     source = folder.resolve().name
     with Photographs(folder, split, f"images/{split}", "images", ".", allow_missing=allow_missing) as images:
         for name, lines in lines_of.items():
-            found = images.find(f"{path.name} lists it", name)
-            if found is None:
-                continue
-            captions: list[str] = []
-            regions: list[Region] = []
-            phrases: list[Phrase] = []
-            objects: list[Object] = []
-            for where, line in lines:
-                found.check_size(line.width, line.height)
-                if line.grounding is not None:
-                    named = _regions(where, line.grounding, found)
-                    regions += [region for region, _, _ in named]
-                    phrases += [
-                        Phrase(caption=len(captions), start=start, end=end, boxes_xyxy=boxes)
-                        for _, boxes, spans in named
-                        for start, end in spans
-                    ]
-                    captions.append(line.grounding.caption)
-                if line.detection is not None:
-                    objects += _objects(where, line.detection, labels, found)
-            made = record(
-                lines[0][0],
-                found,
-                id=identifier(name),
-                source=source,
-                split=part,
-                captions=captions,
-                regions=regions,
-                phrases=phrases,
-                objects=objects,
-                original_id=name,
-                same_as=known_as(name),
-            )
-            yield made, found.image
+            with entry():
+                found = images.find(f"{path.name} lists it", name)
+                if found is None:
+                    continue
+                captions: list[str] = []
+                regions: list[Region] = []
+                phrases: list[Phrase] = []
+                objects: list[Object] = []
+                for where, line in lines:
+                    found.check_size(line.width, line.height)
+                    if line.grounding is not None:
+                        named = _regions(where, line.grounding, found)
+                        regions += [region for region, _, _ in named]
+                        phrases += [
+                            Phrase(caption=len(captions), start=start, end=end, boxes_xyxy=boxes)
+                            for _, boxes, spans in named
+                            for start, end in spans
+                        ]
+                        captions.append(line.grounding.caption)
+                    if line.detection is not None:
+                        objects += _objects(where, line.detection, labels, found)
+                made = record(
+                    lines[0][0],
+                    found,
+                    id=identifier(name),
+                    source=source,
+                    split=part,
+                    captions=captions,
+                    regions=regions,
+                    phrases=phrases,
+                    objects=objects,
+                    original_id=name,
+                    same_as=known_as(name),
+                )
+                yield made, found.image
 
 
 def _regions(where: str, grounding: Grounding, found: Found) -> list[tuple[Region, list[Box], list[tuple[int, int]]]]:

@@ -28,6 +28,7 @@ from xvlm.data.readers.photographs import (
     Kind,
     Photographs,
     Sample,
+    entry,
     explained,
     inside,
     known_as,
@@ -86,26 +87,27 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     places = (split, f"images/{split}", f"{split}/data", "images")
     with Photographs(folder, *places, allow_missing=allow_missing) as images:
         for image_id, rows in groupby(_rows(Row, boxes_at), key=lambda pair: pair[1].ImageID):
-            if image_id in done:
-                raise ValueError(f"{boxes_at}: rows of {image_id} in two places; they have to follow each other")
-            done.add(image_id)
-            found = images.find(f"{boxes_at.name} lists {image_id}", f"{image_id}.jpg")
-            if found is None:
-                continue
-            boxed = [_object(where, row, labels, found) for where, row in rows]
-            origin = origins.get(image_id, Origin(ImageID=image_id))
-            made = record(
-                f"{boxes_at}: image {image_id}",
-                found,
-                id=image_id,
-                source=SOURCE,
-                split=part,
-                objects=[thing for thing in boxed if thing is not None],
-                licence=origin.License,
-                credit=" ".join(filter(None, [origin.Author, origin.OriginalURL])),
-                same_as=known_as(origin.OriginalURL),
-            )
-            yield made, found.image
+            with entry():
+                if image_id in done:
+                    raise ValueError(f"{boxes_at}: rows of {image_id} in two places; they have to follow each other")
+                done.add(image_id)
+                found = images.find(f"{boxes_at.name} lists {image_id}", f"{image_id}.jpg")
+                if found is None:
+                    continue
+                boxed = [_object(where, row, labels, found) for where, row in rows]
+                origin = origins.get(image_id, Origin(ImageID=image_id))
+                made = record(
+                    f"{boxes_at}: image {image_id}",
+                    found,
+                    id=image_id,
+                    source=SOURCE,
+                    split=part,
+                    objects=[thing for thing in boxed if thing is not None],
+                    licence=origin.License,
+                    credit=" ".join(filter(None, [origin.Author, origin.OriginalURL])),
+                    same_as=known_as(origin.OriginalURL),
+                )
+                yield made, found.image
 
 
 def _object(where: str, row: Row, labels: dict[str, str], found: Found) -> Object | None:
@@ -137,7 +139,8 @@ def _rows(kind: type[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
     if "ImageID" not in heading:
         raise ValueError(f"{path}: no column ImageID; found {','.join(heading)}")
     for where, row in rows:
-        try:
-            yield where, checked.validate_python(row)
-        except ValidationError as error:
-            raise explained(where, error) from None
+        with entry():
+            try:
+                yield where, checked.validate_python(row)
+            except ValidationError as error:
+                raise explained(where, error) from None

@@ -1,20 +1,24 @@
 """What readers share: files checked against the shape they should have, photographs found, and what is said of them.
 
 A reader is a module with ``read(folder, split, *, allow_missing=False) -> Iterator[Sample]``, named in
-:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format.
+:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format. What it does
+about one line, annotation or image is inside ``with entry():``, so that a check can go on behind what is wrong.
 """
 
 import csv
 import logging
 import re
 from collections.abc import Callable, Iterator
-from io import BytesIO
+from contextlib import contextmanager
+from contextvars import ContextVar
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.request import urlopen
 
-from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from xvlm.data.images import Undecodable, open_image
 from xvlm.data.records import Box, Record, is_unchecked
 
 Sample = tuple[Record, bytes]
@@ -24,12 +28,41 @@ TypeOf = Callable[..., Kind]  # type[Kind] leaves out list[int] and the like
 
 NAMED = 10  # absent photographs that the log names
 MARGIN = 0.02  # of the image's side
+LARGEST = 256 * 1024**2  # bytes of an image
+SECONDS = 30.0  # that a server may be silent
 
 logger = logging.getLogger(__name__)
 
 _COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)(?:_\d+)?\.")
 _FLICKR_URL = re.compile(r"static\.?flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
 _PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "val", "dev": "val", "test": "test"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+_LISTED: ContextVar[list[ValueError | OSError] | None] = ContextVar("listed", default=None)
+
+
+@contextmanager
+def listing(errors: list[ValueError | OSError]) -> Iterator[None]:
+    """What is wrong with an :func:`entry` that is read inside goes to this list, and the entries after it are read."""
+    before = _LISTED.set(errors)
+    try:
+        yield
+    finally:
+        _LISTED.reset(before)
+
+
+@contextmanager
+def entry() -> Iterator[None]:
+    """Around all that a reader does about a line, an annotation or an image, so that :func:`listing` can go on."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if (errors := _LISTED.get()) is None:
+            raise
+        errors.append(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,11 +91,12 @@ def load_lines(kind: TypeOf[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 where = f"{path} line {number}"
-                try:
-                    row = rows.validate_json(line)
-                except ValidationError as error:
-                    raise explained(where, error) from None
-                yield where, row
+                with entry():
+                    try:
+                        row = rows.validate_json(line)
+                    except ValidationError as error:
+                        raise explained(where, error) from None
+                    yield where, row
 
 
 def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -88,9 +122,10 @@ def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str
 
     def rows() -> Iterator[tuple[str, dict[str, str]]]:
         for where, cells in lines:
-            if len(cells) != len(heading):
-                raise ValueError(f"{where}: expected {len(heading)} cells, as in the heading, found {len(cells)}")
-            yield where, dict(zip(heading, cells, strict=True))
+            with entry():
+                if len(cells) != len(heading):
+                    raise ValueError(f"{where}: expected {len(heading)} cells, as in the heading, found {len(cells)}")
+                yield where, dict(zip(heading, cells, strict=True))
 
     return heading, rows()
 
@@ -136,9 +171,9 @@ def part_of(folder: Path, split: str) -> Literal["train", "val", "test"]:
 
 
 class Found(NamedTuple):
-    """A photograph on disk: its bytes as stored and its size in pixels."""
+    """A photograph: where it is, its bytes as stored and its size in pixels."""
 
-    path: Path
+    path: Path | str
     image: bytes
     width: int
     height: int
@@ -174,8 +209,6 @@ class Photographs:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if isinstance(self.allow_missing, list):
-            self.allow_missing += self.absent
         if self.absent:
             named = ", ".join(self.absent[:NAMED]) + (" …" if len(self.absent) > NAMED else "")
             logger.warning(
@@ -185,25 +218,29 @@ class Photographs:
     def find(self, listed: str, *names: str) -> Found | None:
         """The photograph that has one of these names, paths from one of the places; None: absent, which is allowed.
 
+        A URL (``http``, ``https``) is fetched, each time it is asked for.
+
         Args:
             listed: what asks for it, for the message ("test.txt lists 777").
 
         Raises:
             FileNotFoundError: absent, which is not allowed.
-            ValueError: not an image, or a URL.
+            ValueError: not an image.
         """
-        if "://" in names[0]:
-            raise ValueError(f"{names[0]}: a URL, but {listed}; download the images and give their paths")
+        if names[0].startswith(("http://", "https://")):
+            return self.take(listed, names[0], names[0], _fetched(names[0]))
         path = self.locate(*names)
         if path is None:
             return self.take(listed, names[0], self.places[0] / names[0], None)
+        if (size := path.stat().st_size) > LARGEST:  # asked first: reading would take the memory
+            raise ValueError(f"{path}: {size} bytes; expected an image of at most {LARGEST}")
         return self.take(listed, names[0], path, path.read_bytes())
 
     def locate(self, *names: str) -> Path | None:
         """Where the photograph is that has one of these names; None: nowhere."""
         return next((path for place in self.places for name in names if _is_file(path := place / name)), None)
 
-    def take(self, listed: str, name: str, path: Path, image: bytes | None) -> Found | None:
+    def take(self, listed: str, name: str, path: Path | str, image: bytes | None) -> Found | None:
         """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
         self.asked += 1
         if image is not None:
@@ -211,6 +248,8 @@ class Photographs:
         if self.allow_missing is False:
             raise FileNotFoundError(f"{path}: no such photograph, but {listed} (allow_missing leaves it out)")
         self.absent.append(name)
+        if isinstance(self.allow_missing, list):
+            self.allow_missing.append(name)
         return None
 
 
@@ -221,12 +260,24 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _size(path: Path, image: bytes) -> tuple[int, int]:
+def _fetched(url: str) -> bytes | None:
+    """What a URL leads to; None where that is nothing."""
+    try:
+        with urlopen(url, timeout=SECONDS) as answer:
+            image = answer.read(LARGEST + 1)
+    except (OSError, HTTPException, ValueError):  # ValueError: a URL that is none
+        return None
+    if len(image) > LARGEST:
+        raise ValueError(f"{url}: expected an image of at most {LARGEST} bytes")
+    return image
+
+
+def _size(path: Path | str, image: bytes) -> tuple[int, int]:
     """Width and height, read from the header alone."""
     try:
-        return Image.open(BytesIO(image)).size
-    except Exception as error:  # decoders raise whatever the bytes make them trip over
-        raise ValueError(f"{path}: not an image: {error}") from None
+        return open_image(image).size
+    except Undecodable as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from xvlm.data.readers.photographs import (
     Sample,
     around,
     corners,
+    entry,
     explained,
     known_as,
     load,
@@ -98,31 +99,32 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
     root = folder.resolve()
     with Photographs(root, *PLACES, allow_missing=allow_missing) as images:
         for image_id, image_refs in refs_of.items():
-            if image_id not in photographs:
-                raise ValueError(f"{instances_at}: no image {image_id}, which {refs_at.name} refers to")
-            photograph = photographs[image_id]
-            found = images.find(f"{refs_at.name} refers to it", photograph.file_name)
-            if found is None:
-                continue
-            found.check_size(photograph.width, photograph.height)
-            expressions = []
-            for ref in image_refs:
-                where = f"{refs_at}: ref {ref.ref_id}"
-                if absent := [number for number in ref.targets if number not in annotations]:
-                    raise ValueError(f"{where}: ann_id {absent[0]} is not in {instances_at}")
-                targets = [annotations[number] for number in ref.targets]
-                expressions += _expressions(where, instances_at, ref, targets, photograph, masks)
-            made = record(
-                f"{refs_at}: image {image_id}",
-                found,
-                id=str(image_id),
-                source=root.name,
-                split=part_of(folder, part),
-                expressions=expressions,
-                tags=[] if part in ("train", "val", "test") else [part],
-                same_as=known_as(photograph.file_name),
-            )
-            yield made, found.image
+            with entry():
+                if image_id not in photographs:
+                    raise ValueError(f"{instances_at}: no image {image_id}, which {refs_at.name} refers to")
+                photograph = photographs[image_id]
+                found = images.find(f"{refs_at.name} refers to it", photograph.file_name)
+                if found is None:
+                    continue
+                found.check_size(photograph.width, photograph.height)
+                expressions = []
+                for ref in image_refs:
+                    where = f"{refs_at}: ref {ref.ref_id}"
+                    if absent := [number for number in ref.targets if number not in annotations]:
+                        raise ValueError(f"{where}: ann_id {absent[0]} is not in {instances_at}")
+                    targets = [annotations[number] for number in ref.targets]
+                    expressions += _expressions(where, instances_at, ref, targets, photograph, masks)
+                made = record(
+                    f"{refs_at}: image {image_id}",
+                    found,
+                    id=str(image_id),
+                    source=root.name,
+                    split=part_of(folder, part),
+                    expressions=expressions,
+                    tags=[] if part in ("train", "val", "test") else [part],
+                    same_as=known_as(photograph.file_name),
+                )
+                yield made, found.image
 
 
 def _chosen(folder: Path, split: str) -> tuple[Path, str]:

@@ -20,6 +20,7 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
+    entry,
     known_as,
     load,
     nearly_inside,
@@ -90,26 +91,27 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     root = folder.resolve()
     with Photographs(root, *PLACES, allow_missing=allow_missing) as images:
         for file_name, said in said_of.items():
-            found = images.find(f"{path.name} lists it", file_name)
-            if found is None:
-                continue
-            expressions = []
-            for one in said:
-                found.check_size(one.width, one.height)
-                box = nearly_inside(f"{path}: {file_name}", corners(one.bbox), one.width, one.height)
-                expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
-            same_as = known_as(file_name)
-            made = record(
-                f"{path}: {file_name}",
-                found,
-                id=same_as.get("coco") or Path(file_name).stem,
-                source=root.name,
-                split=part_of(folder, split),
-                expressions=expressions,
-                tags=[] if split in ("train", "val", "test") else [split],
-                same_as=same_as,
-            )
-            yield made, found.image
+            with entry():
+                found = images.find(f"{path.name} lists it", file_name)
+                if found is None:
+                    continue
+                expressions = []
+                for one in said:
+                    found.check_size(one.width, one.height)
+                    box = nearly_inside(f"{path}: {file_name}", corners(one.bbox), one.width, one.height)
+                    expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
+                same_as = known_as(file_name)
+                made = record(
+                    f"{path}: {file_name}",
+                    found,
+                    id=same_as.get("coco") or Path(file_name).stem,
+                    source=root.name,
+                    split=part_of(folder, split),
+                    expressions=expressions,
+                    tags=[] if split in ("train", "val", "test") else [split],
+                    same_as=same_as,
+                )
+                yield made, found.image
 
 
 def _captioned(path: Path) -> Iterator[Said]:

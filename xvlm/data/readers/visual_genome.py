@@ -28,6 +28,7 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
+    entry,
     inside,
     known_as,
     load,
@@ -137,29 +138,33 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     places = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images", "images2")
     with Photographs(folder, *places, allow_missing=allow_missing) as images:
         for one in photographs:
-            found = images.find(f"image_data.json lists {one.image_id}", f"{one.image_id}.jpg")
-            if found is None:
-                continue
-            found.check_size(one.width, one.height)
-            size = (one.width, one.height)
-            ids = {"coco": one.coco_id, "flickr": one.flickr_id}
-            made = record(
-                f"{folder}: image {one.image_id}",
-                found,
-                id=str(one.image_id),
-                source=SOURCE,
-                objects=_objects(objects.get(one.image_id, []), attributes.get(one.image_id, []), size),
-                regions=_regions(regions.get(one.image_id, []), size),
-                questions=[
-                    Question(text=asked.question, answers={asked.answer: ONE_ANSWER}, kind="vg", id=str(asked.qa_id))
-                    for asked in questions.get(one.image_id, [])
-                    if asked.question and asked.answer
-                ],
-                licence=LICENCE,
-                credit=one.url,
-                same_as=known_as(one.url) | {name: str(number) for name, number in ids.items() if number is not None},
-            )
-            yield made, found.image
+            with entry():
+                found = images.find(f"image_data.json lists {one.image_id}", f"{one.image_id}.jpg")
+                if found is None:
+                    continue
+                found.check_size(one.width, one.height)
+                size = (one.width, one.height)
+                ids = {"coco": one.coco_id, "flickr": one.flickr_id}
+                made = record(
+                    f"{folder}: image {one.image_id}",
+                    found,
+                    id=str(one.image_id),
+                    source=SOURCE,
+                    objects=_objects(objects.get(one.image_id, []), attributes.get(one.image_id, []), size),
+                    regions=_regions(regions.get(one.image_id, []), size),
+                    questions=[
+                        Question(
+                            text=asked.question, answers={asked.answer: ONE_ANSWER}, kind="vg", id=str(asked.qa_id)
+                        )
+                        for asked in questions.get(one.image_id, [])
+                        if asked.question and asked.answer
+                    ],
+                    licence=LICENCE,
+                    credit=one.url,
+                    same_as=known_as(one.url)
+                    | {name: str(number) for name, number in ids.items() if number is not None},
+                )
+                yield made, found.image
 
 
 def _entries(kind: type[Kind], folder: Path, name: str) -> list[Kind]:

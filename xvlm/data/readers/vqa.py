@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, load, only, part_of, record
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, entry, load, only, part_of, record
 from xvlm.data.records import Question
 
 SOURCE = "vqa"
@@ -77,32 +77,34 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     answers = {one.question_id: one for one in load(AnswerFile, answers_at).annotations} if answers_at else {}
     questions: dict[int, list[Question]] = defaultdict(list)
     for one in asked.questions:
-        if answers_at is not None and one.question_id not in answers:
-            raise ValueError(f"{answers_at}: no answers to question_id {one.question_id}")
-        answered = answers.get(one.question_id, Answered(question_id=one.question_id, answers=[]))
-        weights = shares([answer.answer for answer in answered.answers])
-        question = Question(
-            text=one.question.strip(), answers=weights, kind=answered.answer_type, id=str(one.question_id)
-        )
-        questions[one.image_id].append(question)
+        with entry():
+            if answers_at is not None and one.question_id not in answers:
+                raise ValueError(f"{answers_at}: no answers to question_id {one.question_id}")
+            answered = answers.get(one.question_id, Answered(question_id=one.question_id, answers=[]))
+            weights = shares([answer.answer for answer in answered.answers])
+            question = Question(
+                text=one.question.strip(), answers=weights, kind=answered.answer_type, id=str(one.question_id)
+            )
+            questions[one.image_id].append(question)
     subset = asked.data_subtype.replace("-dev", "")
     named = (subset, f"{part}2017", f"images/{subset}", f"images/{part}2017", "images")
     with Photographs(folder, *named, *(f"../{place}" for place in named), allow_missing=allow_missing) as images:
         for image_id, about in questions.items():
-            names = (f"COCO_{subset}_{image_id:012d}.jpg", f"{image_id:012d}.jpg")
-            found = images.find(f"{questions_at.name} asks about it", *names)
-            if found is not None:
-                made = record(
-                    f"{questions_at}: image {image_id}",
-                    found,
-                    id=str(image_id),
-                    source=SOURCE,
-                    split=part,
-                    questions=about,
-                    licence=LICENCE,
-                    same_as={"coco": str(image_id)},
-                )
-                yield made, found.image
+            with entry():
+                names = (f"COCO_{subset}_{image_id:012d}.jpg", f"{image_id:012d}.jpg")
+                found = images.find(f"{questions_at.name} asks about it", *names)
+                if found is not None:
+                    made = record(
+                        f"{questions_at}: image {image_id}",
+                        found,
+                        id=str(image_id),
+                        source=SOURCE,
+                        split=part,
+                        questions=about,
+                        licence=LICENCE,
+                        same_as={"coco": str(image_id)},
+                    )
+                    yield made, found.image
 
 
 def shares(answers: Sequence[str]) -> dict[str, float]:

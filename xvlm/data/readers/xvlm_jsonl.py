@@ -22,6 +22,7 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
+    entry,
     identifier,
     inside,
     known_as,
@@ -70,41 +71,44 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     with Photographs(folder, ".", "images", allow_missing=allow_missing) as images:
         for path in _files(folder, split):
             for number, (where, line) in enumerate(load_lines(Line, path), 1):
-                name = line.image_rpath or line.image
-                if line.binary:
-                    found = images.take(f"{where} has it", where, Path(where), _decoded(where, line.binary))
-                elif name:
-                    found = images.find(f"{where} lists it", name)
-                else:
-                    raise ValueError(f"{where}: no image; expected it in binary, or its path in image_rpath or image")
-                if found is None:
-                    continue
-                regions: list[Region] = []
-                objects: list[Object] = []
-                for element in line.elems:
-                    box = inside(corners(element.bb), found.width, found.height)
-                    texts, attributes = _texts(element.caption), _texts(element.attributes)
-                    if not texts:
-                        raise ValueError(f"{where}: elems: the caption of the box {element.bb} is empty")
-                    if box is None:
-                        continue
-                    if attributes and len(texts) == 1:
-                        objects.append(Object(box_xyxy=box, label=texts[0], attributes=attributes))
+                with entry():
+                    name = line.image_rpath or line.image
+                    if line.binary:
+                        found = images.take(f"{where} has it", where, Path(where), _decoded(where, line.binary))
+                    elif name:
+                        found = images.find(f"{where} lists it", name)
                     else:
-                        regions.append(Region(box_xyxy=box, descriptions=texts, attributes=attributes))
-                made = record(
-                    where,
-                    found,
-                    id=f"{identifier(path.name)}_{number:08d}",
-                    source=source,
-                    split=part,
-                    captions=_texts(line.caption) + _texts(line.desc),
-                    regions=regions,
-                    objects=objects,
-                    original_id=name,
-                    same_as=known_as(name),
-                )
-                yield made, found.image
+                        raise ValueError(
+                            f"{where}: no image; expected it in binary, or its path in image_rpath or image"
+                        )
+                    if found is None:
+                        continue
+                    regions: list[Region] = []
+                    objects: list[Object] = []
+                    for element in line.elems:
+                        box = inside(corners(element.bb), found.width, found.height)
+                        texts, attributes = _texts(element.caption), _texts(element.attributes)
+                        if not texts:
+                            raise ValueError(f"{where}: elems: the caption of the box {element.bb} is empty")
+                        if box is None:
+                            continue
+                        if attributes and len(texts) == 1:
+                            objects.append(Object(box_xyxy=box, label=texts[0], attributes=attributes))
+                        else:
+                            regions.append(Region(box_xyxy=box, descriptions=texts, attributes=attributes))
+                    made = record(
+                        where,
+                        found,
+                        id=f"{identifier(path.name)}_{number:08d}",
+                        source=source,
+                        split=part,
+                        captions=_texts(line.caption) + _texts(line.desc),
+                        regions=regions,
+                        objects=objects,
+                        original_id=name,
+                        same_as=known_as(name),
+                    )
+                    yield made, found.image
 
 
 def _files(folder: Path, split: str) -> list[Path]:
