@@ -65,6 +65,7 @@ def ground(
     layer: Annotated[
         int | None, typer.Option(min=0, help="Of gradcam: which cross layer. Default: the middle.")
     ] = None,
+    words: Annotated[bool, typer.Option(help="Also draw where the matching head looks for each word.")] = False,
 ) -> None:
     """Find phrases in a picture: prints a box each (left top right bottom, pixels) and draws them."""
     import torch
@@ -76,17 +77,20 @@ def ground(
     from xvlm.models.xvlm import XVLM
     from xvlm.presence import Presence, WithPresence
     from xvlm.tasks import grounding, pretraining
-    from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig
+    from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig, word_maps
 
-    if layer is not None and method != "gradcam":
-        raise ValueError("--layer is for --method gradcam")
+    if layer is not None and method != "gradcam" and not words:
+        raise ValueError("--layer is for --method gradcam and --words")
     picture = Image.open(image).convert("RGB")
     folder = hub.locate(model)
     weights, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
     _check_together(processor, weights.config)
+    middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
+    gradcam = GradCAMConfig(layer=middle if layer is None else layer)
+    if words:
+        GradCAM(gradcam, weights)  # says at once what is missing
     if method == "gradcam":
-        middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
-        way = GradCAM(GradCAMConfig(layer=middle if layer is None else layer), weights)
+        way = GradCAM(gradcam, weights)
     elif method != "box":
         raise ValueError(f"--method {method}: expected box or gradcam")
     elif "box_head" not in weights.config.heads:
@@ -114,6 +118,13 @@ def ground(
         drawn = viz.contact_sheet([viz.draw(viz.heatmap(picture, each.heat), each) for each in found], phrases)
     drawn.save(out)
     typer.echo(str(out))
+    if words:
+        with torch.no_grad():
+            concepts = weights.eval().encode_image(processor.pixel_values(picture)[None])
+        maps = [(phrase, word_maps(weights, processor, phrase, concepts, gradcam.layer)) for phrase in phrases]
+        strip = out.with_stem(f"{out.stem}-words")
+        viz.heat_of_words(picture, maps).save(strip)
+        typer.echo(str(strip))
 
 
 @app.command()
