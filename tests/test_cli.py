@@ -65,7 +65,7 @@ def test_help_lists_the_commands_without_importing_torch():
         [sys.executable, "-X", "importtime", "-m", "xvlm", "--help"], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0
-    for command in ("demo", "ground", "embed", "export", "convert", "verify", "push", "data"):
+    for command in ("demo", "report", "ground", "embed", "export", "convert", "verify", "push", "data"):
         assert f" {command} " in ran.stdout
     imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
     assert "xvlm.hub" in imported

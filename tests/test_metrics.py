@@ -122,8 +122,8 @@ def test_the_references_overlap_counts_the_last_pixel_and_decides_alike():
     least = (torch.minimum(xyxy[:, 0, 2:], xyxy[:, 1, 2:]) - torch.maximum(xyxy[:, 0, :2], xyxy[:, 1, :2])).amin(1)
     wide = least > 1
     torch.testing.assert_close(ours[wide], theirs[wide].float(), atol=1e-5, rtol=1e-4)
-    assert (theirs[~wide] == 0).all() and (~wide).sum() > 5  # what overlaps by a pixel at most counts as apart there
-    assert ((ours >= 0.5) == (theirs >= 0.5)).all() and (ours >= 0.5).sum() > 50
+    assert (theirs[~wide] == 0).all() and (~wide).sum() > 50  # what overlaps by a pixel at most counts as apart there
+    assert ((ours >= 0.5) == (theirs >= 0.5)).all() and (ours >= 0.5).sum() > 10
 
 
 def test_overall_iou_weighs_by_area():

@@ -130,8 +130,8 @@ def test_each_word_of_each_phrase_has_its_map_and_its_share(photograph):
     assert strip.width == 3 * 60 + 4 * 12
     cells = np.asarray(strip).astype(int).sum(2)
     top = slice(12, 62)
-    assert cells[top, 84:104].mean() > 2 * cells[top, 114:144].mean()  # the first word looks left,
-    assert cells[top, 186:216].mean() > 2 * cells[top, 156:176].mean()  # the second right
+    assert cells[top, 84:104].mean() > 2 * cells[top, 124:144].mean()  # the first word looks left,
+    assert cells[top, 196:216].mean() > 2 * cells[top, 156:176].mean()  # the second right
     assert (np.asarray(strip)[top.start : top.stop, 12:72] == GREY).all()  # beside the image itself
     rows = np.flatnonzero((np.asarray(strip)[:, 12:72] == GREY).all((1, 2)))
     assert (cells[rows[-1], 156:216] == 3 * 255).all()  # the second phrase has a word less
