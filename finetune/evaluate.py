@@ -1,15 +1,16 @@
 """Evaluate a task: ``accelerate launch finetune/evaluate.py CONFIG [split=test] [model=FOLDER] [key=value …]``.
 
 Asks the weights that ``finetune/train.py CONFIG`` left, or those of ``model``, every example of a split once, whatever
-the number of processes; prints a table and writes ``predictions-SPLIT.jsonl`` and ``results-SPLIT.json`` to the run
-folder. With ``predictions=FILE`` it scores predictions that were written before; no model is needed. With
-``submission=FILE`` it also writes what the benchmark's server takes.
+the number of processes; prints tables and writes ``predictions-SPLIT.jsonl``, ``results-SPLIT.json`` and
+a new ``report.html`` to the run folder. With ``predictions=FILE`` it scores predictions that were written before; no
+model is needed. With ``submission=FILE`` it also writes what the benchmark's server takes.
 """
 
 import json
 from pathlib import Path
 
-from runs import FinetuneRun, ask, judge, load, read_rows, shards_of, table, weights, write_rows
+from pages import page
+from runs import FinetuneRun, ask, judge, load, read_rows, shards_of, tables, weights, write_rows
 
 from xvlm import distributed, hub, probe, train
 from xvlm.config import ConfigError, load_config
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> None:
         result = judge(config, split, rows, weights=weights(name))
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
         show(result)
+        print(page(config))
 
 
 def submit(config: FinetuneRun, rows: list, given: dict[str, str]) -> None:
@@ -55,7 +57,8 @@ def submit(config: FinetuneRun, rows: list, given: dict[str, str]) -> None:
 
 
 def show(result: dict) -> None:
-    print(probe.as_text(table(result)))
+    for table in tables(result):
+        print(f"{probe.as_text(table)}\n")
     print({key: result[key] for key in ("data", "weights", "predictions", "commit") if key in result})
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from torch import nn
+from views import CAPTIONING, GROUNDING, NLVR, RETRIEVAL, VQA, View
 
 from xvlm import evaluate
 from xvlm.data.pretrain import Grain, Stream, StreamConfig
@@ -50,6 +51,7 @@ class Recipe:
     numbers: Callable[[Any, Sequence[Any]], Numbers]  # of the task's configuration and rows
     chance: Callable[[Sequence[Any], Shards], Numbers]  # of an answer that needs no model
     protocol: str  # what the numbers are
+    view: View | None = None  # how a report looks at the rows; none: it does not
     stream: Callable[..., Stream] = texts_about_images
     model: type[Pretrained] = XVLM
     start: Callable[[Any, XVLM, list[str]], tuple[nn.Module, list[str]]] = as_it_is
@@ -118,6 +120,7 @@ RECIPES = {
         chance=lambda rows, shards: evaluate.retrieval_chance(rows),
         protocol="R@k: share of queries with a right answer among the first k. The top_k most similar candidates of a "
         "query are re-ranked by the matching head, others are not found; ties count half. Chance: a random order.",
+        view=RETRIEVAL,
     ),
     "grounding": Recipe(
         task=grounding.Task,
@@ -130,6 +133,7 @@ RECIPES = {
         protocol="acc@t: share of phrases whose box has an IoU of t or more with the true one (right and bottom "
         "exclusive). overall_iou: summed intersections over summed unions. small, medium, large: below 32² and 96² "
         "pixels of the stored image. Chance: the whole image as the answer.",
+        view=GROUNDING,
     ),
     "vqa": Recipe(
         task=vqa.Task,
@@ -141,6 +145,7 @@ RECIPES = {
         chance=lambda rows, shards: vqa.numbers(vqa.commonest(rows)),
         protocol="VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving each annotator out, after the "
         "server's normalisation; by kind of question too. Chance: the commonest answer of this split to each kind.",
+        view=VQA,
         stream=lambda task, config, processor, **place: vqa.Questions(config, processor, None, **place),
         model=Answerer,
         start=lambda task, pretrained, fresh: vqa.starting_model(task, pretrained),
@@ -157,6 +162,7 @@ RECIPES = {
         protocol="CIDEr is CIDEr-D, document frequencies from this split's references; BLEU-n of the whole split "
         "against the nearest length; ROUGE-L with beta 1.2; own implementations and tokenizer. Chance: what people "
         "wrote of another image.",
+        view=CAPTIONING,
         stream=captioning.Captions,
         model=Captioner,
         start=lambda task, pretrained, fresh: (Captioner.of(pretrained), []),
@@ -172,6 +178,7 @@ RECIPES = {
         chance=lambda rows, shards: nlvr.numbers(nlvr.commonest(rows)),
         protocol="accuracy over statements; consistency: share of texts judged right of every pair of images they are "
         "said about. Chance: all as most of them are.",
+        view=NLVR,
         stream=lambda task, config, processor, **place: nlvr.Pairs(config, processor, None, **place),
         looks=2,
     ),

@@ -5,10 +5,21 @@ import tiny
 import torch
 from einops import rearrange
 
+from xvlm.data import scenes
+from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.grounder import Method
 from xvlm.types import Proposals, Texts
 from xvlm.zeroshot import gradcam
-from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig, box_around, heat_in_cells, heat_in_pixels, heat_maps, score
+from xvlm.zeroshot.gradcam import (
+    GradCAM,
+    GradCAMConfig,
+    box_around,
+    heat_in_cells,
+    heat_in_pixels,
+    heat_maps,
+    score,
+    word_maps,
+)
 
 
 def proposals(boxes_xyxy, size=(120, 120), scores=None) -> Proposals:
@@ -174,6 +185,27 @@ def test_chosen_words_alone_count_and_all_do_where_none_is_chosen():
     found, _ = heat_maps(model, texts, concepts, about, 1, chosen)
     torch.testing.assert_close(found[0], torch.stack([each[word][0] for word in (0, 1, 2)]).mean(0))
     torch.testing.assert_close(found[1], heat_maps(model, texts, concepts, about, 1)[0][1])
+
+
+def test_each_word_has_the_mean_of_its_tokens_and_their_mean_is_the_phrase():
+    processor = Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig(image_size=32))
+    text = tiny.TEXT.model_copy(update={"vocab_size": processor.vocab_size, "max_positions": 40})
+    model = tiny.model(tiny.CONFIG.model_copy(update={"text": text}))
+    with torch.no_grad():
+        concepts = model.encode_image(tiny.batch(images=1, per_image=1, whole=True).images)
+    phrase = "the zebra star"  # a word of pieces between two whole ones
+    found = word_maps(model, processor, phrase, concepts, 1)
+    assert [word for word, _ in found] == ["[CLS]", "the", "zebra", "star"]
+    texts, about = processor.texts([phrase]), torch.zeros(1, dtype=torch.long)
+    spans = [slice(0, 1), slice(1, 2), slice(2, 7), slice(7, 8)]
+    assert texts.mask.sum() == 8
+    for span, (_, heat) in zip(spans, found, strict=True):
+        words = torch.zeros_like(texts.mask)
+        words[:, span] = True
+        torch.testing.assert_close(heat, heat_maps(model, texts, concepts, about, 1, words)[0][0])
+    weights = torch.tensor([1.0, 1, 5, 1])
+    mean = (torch.stack([heat for _, heat in found]) * weights[:, None, None]).sum(0) / 8
+    torch.testing.assert_close(heat_maps(model, texts, concepts, about, 1)[0][0], mean)
 
 
 def test_inference_and_training_mode_are_refused():
