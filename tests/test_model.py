@@ -108,7 +108,6 @@ def test_images_are_projected_once_per_layer_whoever_asks():
         ([0, 12], [0, 1], "about: 12 of 12 concepts, which are numbered from 0 on"),
         ([-1, 0], [0, 1], "about: -1 of 12 concepts"),
         ([0, 1], [0, 9], "of: 9 of 9 texts"),
-        ([0, 1, 2], [0, 1], "about names the concepts of 3 questions, but there are 2"),
         ([0, 1], None, "about names the concepts of 2 questions, but there are 9"),
     ],
 )
