@@ -12,16 +12,20 @@ from recipes import RECIPES, Recipe, TaskConfig
 from torch import nn
 
 from xvlm import hub, probe, report
-from xvlm.config import ConfigError, Configured
+from xvlm.config import ConfigError, Configured, merge
 from xvlm.data import pretrain
 from xvlm.data.processor import Processor
 from xvlm.data.shards import Shards
 from xvlm.evaluate import Numbers
 from xvlm.models.init import InitConfig, initial_model
+from xvlm.models.lora import LoraConfig, adapt
 from xvlm.models.xvlm import XVLM
 from xvlm.run import RunConfig
 
 Count = Annotated[int, Field(ge=1)]
+
+
+READERS = {".csv": "csv_table", ".json": "coco_json", ".jsonl": "json_lines"}  # of files of one's own, by their ending
 
 
 class EvaluationConfig(Configured):
@@ -35,14 +39,41 @@ class FinetuneRun(RunConfig):
     """Everything a fine-tuning run depends on."""
 
     title: str = "Fine-tuning"
+    # Your own files instead of a corpus, by split: {train: my.csv}. Packed to <out>/shards; a `val` that is not given is
+    # every tenth image of train.
+    data: dict[str, Path] = {}
     task: TaskConfig
     init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
     from_scratch: bool = False  # of the pre-trained model take the shape alone: what pre-training is worth
     image_size: Count | None = None  # pixels; null: as in pre-training
     trunk_options: dict[str, Any] = {}  # over those of pre-training: Swin's window_size has to divide another size
     max_tokens: Count | None = None  # of a text; null: as in pre-training
+    lora: LoraConfig | None = None  # the pre-trained layers stay as they are, and thin matrices beside them learn
     stream: pretrain.StreamConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def own_files_make_a_corpus(cls, values: Any) -> Any:
+        """``data`` says where the corpus, the stream and the splits are; what is said of these counts more."""
+        data = values.get("data")
+        if not isinstance(data, dict) or not data:
+            return values
+        if "train" not in data:
+            raise ValueError("data: which file to train on? data.train=my.csv")
+        kinds = {Path(str(file)).suffix for file in data.values()}
+        if len(kinds) > 1 or not kinds <= READERS.keys():
+            found = ", ".join(map(str, data.values()))
+            raise ValueError(f"data: found {found}; expected files that all end in one of {', '.join(READERS)}")
+        shards = Path(str(values.get("out"))) / "shards"
+        splits = ["train", "val", *(split for split in data if split not in ("train", "val"))]
+        corpus = {"reader": READERS[kinds.pop()], "files": data, "out": str(shards), "splits": dict.fromkeys(splits)}
+        made = {
+            "corpus": corpus,
+            "stream": {"shards": [str(shards / "train")]},
+            "evaluation": {"splits": {split: str(shards / split) for split in splits[1:]}},
+        }
+        return merge(made, values)
 
     @model_validator(mode="after")
     def the_stream_fits_the_task(self) -> "FinetuneRun":
@@ -51,6 +82,8 @@ class FinetuneRun(RunConfig):
             raise ValueError(f"stream.grain is {self.stream.grain!r}; {wanted}")
         if self.init.model is None:
             raise ValueError("init.model: which pre-trained weights? A folder, or xvlm-scenes-tiny")
+        if self.lora is not None and self.from_scratch:
+            raise ValueError("lora adapts pre-trained weights, and from_scratch has none")
         return self
 
     @property
@@ -69,6 +102,8 @@ def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
     shape = theirs.model_copy(update={"heads": recipe.heads, "vision": vision, "text": text})
     pretrained, fresh = (XVLM(shape), []) if config.from_scratch else initial_model(shape, config.init)
     model, fresh = recipe.start(config.task, pretrained, fresh)
+    if config.lora is not None:
+        adapt(model, config.lora, fresh)
     tokens = config.max_tokens or processor.config.max_tokens
     prepared = {"image_size": size, "max_tokens": tokens, "end_token": recipe.end_token or processor.config.end_token}
     processor = Processor(processor.config.model_copy(update=prepared), processor.tokenizer)

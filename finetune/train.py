@@ -7,7 +7,7 @@ command continues a run that was interrupted.
 
 import json
 import time
-from functools import partial
+from pathlib import Path
 
 import torch
 from runs import FinetuneRun, ask, build, judge, table, weights, write_rows
@@ -17,6 +17,8 @@ from xvlm.data import scenes
 from xvlm.data.pack import CorpusConfig
 from xvlm.data.processor import Processor
 from xvlm.evaluate import Numbers
+from xvlm.models import lora
+from xvlm.optim import freeze, learning
 from xvlm.run import command, dry_folder, finished, keep, prepare, script
 
 SHIPPED = "xvlm-scenes-tiny"
@@ -37,7 +39,11 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     task, fresh, processor = build(config)
     task.to(accelerator.device)
     before = untrained(config, task, processor)
+    freeze(task, config.optim.freeze)
+    learn, parameters = learning(task)
     world = distributed.world()
+    if world.rank == 0:
+        print(f"{learn:,} of {parameters:,} parameters learn")
 
     def open_stream(start: int):
         place = {"seed": config.train.seed, "rank": world.rank, "world": world.size, "turns": config.train.accumulate}
@@ -47,13 +53,17 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
         numbers = measured(config, task, processor)
         return {f"{split}/{name}": value for split, row in numbers.items() for name, value in row.items()}
 
-    validation = runlog.Validation(measure, partial(keep, task.model, processor))
+    def keep_merged(folder: Path) -> None:
+        keep(lora.merged(task.model), processor, folder)
+
+    validation = runlog.Validation(measure, keep_merged)
     streams = {"train": open_stream}
     train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh, validation=validation)
-    keep(task.model, processor, config.out / "model")
+    keep_merged(config.out / "model")
     answered = {split: ask(config, split, task, processor) for split in config.evaluation.splits}
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
+        about |= {"parameters": parameters, "parameters that learn": learn}
         write(config, before, answered, about)
 
 
@@ -99,6 +109,7 @@ def dry(config: FinetuneRun) -> FinetuneRun:
     images = {"shards": [str(out / "shards/train")], "images": 4 * distributed.world().size, "workers": 0}
     changes = {
         "out": out,
+        "data": {},
         "corpus": corpus,
         "init": config.init.model_copy(update={"model": SHIPPED}),
         "image_size": size,
