@@ -52,6 +52,7 @@ class Recipe:
     protocol: str  # what the numbers are
     stream: Callable[..., Stream] = texts_about_images
     model: type[Pretrained] = XVLM
+    prepare: Callable[[Any, Processor, Sequence[Path]], None] = lambda task, processor, trained_on: None
     start: Callable[[Any, XVLM, list[str]], tuple[nn.Module, list[str]]] = as_it_is
     looks: int = 1  # images that a text is about
     end_token: bool = False  # whether texts end with [SEP]
@@ -158,6 +159,7 @@ RECIPES = {
         "against the nearest length; ROUGE-L with beta 1.2; own implementations and tokenizer. Chance: what people "
         "wrote of another image.",
         stream=captioning.Captions,
+        prepare=captioning.prepare,
         model=Captioner,
         start=lambda task, pretrained, fresh: (Captioner.of(pretrained), []),
         end_token=True,

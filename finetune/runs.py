@@ -17,7 +17,7 @@ from xvlm.data import pretrain
 from xvlm.data.processor import Processor
 from xvlm.data.shards import Shards
 from xvlm.evaluate import Numbers
-from xvlm.models.init import InitConfig, initial_model
+from xvlm.models.init import InitConfig, initial_model, pretrained_model
 from xvlm.models.lora import LoraConfig, adapt
 from xvlm.models.xvlm import XVLM
 from xvlm.run import RunConfig
@@ -35,12 +35,27 @@ class EvaluationConfig(Configured):
     untrained: bool = True  # also measure the model as it starts
 
 
+class RetentionConfig(Configured):
+    """A task that the pre-trained weights know, to be asked again after they have learned another one."""
+
+    task: TaskConfig
+    shards: Path  # a packed folder of examples
+    records: Count | None = None  # the first ones; null: all
+
+    @model_validator(mode="after")
+    def weights_may_know_the_task(self) -> "RetentionConfig":
+        recipe = RECIPES[self.task.name]
+        if recipe.model is not XVLM or recipe.looks > 1:
+            raise ValueError(f"task {self.task.name}: pre-trained weights know retrieval and grounding")
+        return self
+
+
 class FinetuneRun(RunConfig):
     """Everything a fine-tuning run depends on."""
 
     title: str = "Fine-tuning"
-    # Your own files instead of a corpus, by split: {train: my.csv}. Packed to <out>/shards; a `val` that is not given is
-    # every tenth image of train.
+    # Your own files instead of a corpus, by split: {train: my.csv}. They are packed to <out>/shards. Without a `val`,
+    # every tenth image of train is held out.
     data: dict[str, Path] = {}
     task: TaskConfig
     init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
@@ -51,6 +66,7 @@ class FinetuneRun(RunConfig):
     lora: LoraConfig | None = None  # the pre-trained layers stay as they are, and thin matrices beside them learn
     stream: pretrain.StreamConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    retention: RetentionConfig | None = None  # what the model is to know still
 
     @model_validator(mode="before")
     @classmethod
@@ -84,6 +100,10 @@ class FinetuneRun(RunConfig):
             raise ValueError("init.model: which pre-trained weights? A folder, or xvlm-scenes-tiny")
         if self.lora is not None and self.from_scratch:
             raise ValueError("lora adapts pre-trained weights, and from_scratch has none")
+        if self.retention is not None and self.recipe.looks > 1:
+            raise ValueError(
+                f"retention: the layers of {self.task.name} look at two images, those of other tasks at one"
+            )
         return self
 
     @property
@@ -94,7 +114,7 @@ class FinetuneRun(RunConfig):
 def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
     """The task, the names of its parameters that start fresh among pre-trained ones, and its processor."""
     recipe, name = config.recipe, config.init.model
-    theirs, processor = XVLM.from_pretrained(name).config, Processor.from_pretrained(name)
+    theirs, processor = pretrained_model(name).config, Processor.from_pretrained(name)
     size = theirs.vision.image_size if config.image_size is None else (config.image_size, config.image_size)
     options = theirs.vision.options | config.trunk_options
     vision = theirs.vision.model_copy(update={"image_size": size, "options": options})
@@ -126,6 +146,11 @@ def shards_of(config: FinetuneRun, split: str) -> Shards:
     return Shards(config.evaluation.splits[split])
 
 
+def trained_on(config: FinetuneRun) -> list[Path]:
+    """The folders of shards that a run learns from."""
+    return list(chain.from_iterable(pretrain.locate(config.stream).values()))
+
+
 def ask(config: FinetuneRun, split: str, task: nn.Module, processor: Processor) -> list[Any]:
     """What a task answers to a split: a row for each example, on every process the same."""
     shards = shards_of(config, split)
@@ -137,7 +162,7 @@ def ask(config: FinetuneRun, split: str, task: nn.Module, processor: Processor) 
         shards,
         range(min(len(shards), config.evaluation.records or len(shards))),
         batch_size=config.evaluation.batch_size,
-        trained_on=list(chain.from_iterable(pretrain.locate(config.stream).values())),
+        trained_on=trained_on(config),
     )
     task.train(was_training)
     return rows

@@ -9,8 +9,9 @@ import json
 import time
 from pathlib import Path
 
+import retention
 import torch
-from runs import FinetuneRun, ask, build, judge, table, weights, write_rows
+from runs import FinetuneRun, ask, build, judge, table, trained_on, weights, write_rows
 
 from xvlm import distributed, hub, probe, report, runlog, train, viz
 from xvlm.data import scenes
@@ -38,7 +39,9 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     torch.manual_seed(config.train.seed)
     task, fresh, processor = build(config)
     task.to(accelerator.device)
+    config.recipe.prepare(task, processor, trained_on(config))
     before = untrained(config, task, processor)
+    knew = None if config.retention is None else retention.measure(config, accelerator.device)
     freeze(task, config.optim.freeze)
     learn, parameters = learning(task)
     world = distributed.world()
@@ -61,9 +64,12 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh, validation=validation)
     keep_merged(config.out / "model")
     answered = {split: ask(config, split, task, processor) for split in config.evaluation.splits}
+    knows = None if config.retention is None else retention.measure(config, accelerator.device, task.model)
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
         about |= {"parameters": parameters, "parameters that learn": learn}
+        if config.retention is not None:
+            about |= {"retention": retention.about(config, knew, knows)}
         write(config, before, answered, about)
 
 
@@ -94,6 +100,9 @@ def write(config: FinetuneRun, before: dict[str, Numbers], answered: dict[str, l
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
         tables.append(table(result, before.get(split)))
         print(f"\n{probe.as_text(tables[-1])}")
+    if "retention" in about:
+        tables.append(retention.table(about.pop("retention")))
+        print(f"\n{probe.as_text(tables[-1])}")
     log = runlog.read_log(config.out)
     curves = viz.curves(log, sorted({key for line in log for key in line if "/" in key}))
     page = report.write_report(config.out, title=config.title, tables=tables, curves=curves, facts=about)
@@ -107,7 +116,9 @@ def dry(config: FinetuneRun) -> FinetuneRun:
         reader="scenes", out=out / "shards", splits={"train": 16, "test": 8}, scenes=scenes.SceneConfig(size=size)
     )
     images = {"shards": [str(out / "shards/train")], "images": 4 * distributed.world().size, "workers": 0}
+    kept = config.retention and config.retention.model_copy(update={"shards": out / "shards/test"})
     changes = {
+        "retention": kept,
         "out": out,
         "data": {},
         "corpus": corpus,

@@ -77,9 +77,7 @@ def test_merged_weights_are_a_plain_model_that_answers_the_same(tmp_path):
 
 
 def test_patterns_that_fit_nothing_are_named():
-    with pytest.raises(
-        ValueError, match=r"lora\.layers: no linear layer of the model fits '\*\.q'; there are box_head"
-    ):
+    with pytest.raises(ValueError, match=r"no linear layer of the model fits '\*\.q'; there are box_head"):
         adapted(lora.LoraConfig(layers=("*.q",)))
     with pytest.raises(ValueError, match="fresh parameters the model does not have: nowhere"):
         adapted(fresh=["nowhere"])

@@ -6,7 +6,8 @@ Captions are lists of words, see :func:`words`. A set is a caption for each imag
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 Words = Sequence[str]
 Grams = Counter[tuple[str, ...]]
@@ -73,21 +74,43 @@ def rouge_l(written: Sequence[Words], references: Sequence[Sequence[Words]], bet
     return sum(scores) / len(scores)
 
 
-def cider_d(written: Sequence[Words], references: Sequence[Sequence[Words]], sigma: float = 6.0) -> list[float]:
+class Documents(NamedTuple):
+    """In how many images' references each run of words is, and how many images there are."""
+
+    counts: Grams
+    images: int
+
+    @classmethod
+    def of(cls, references: Iterable[Sequence[Words]]) -> "Documents":
+        counts: Grams = Counter()
+        images = 0
+        for several in references:
+            counts.update(set().union(*map(grams, several)))
+            images += 1
+        return cls(counts, images)
+
+
+def cider_d(
+    written: Sequence[Words],
+    references: Sequence[Sequence[Words]],
+    sigma: float = 6.0,
+    *,
+    documents: Documents | None = None,
+) -> list[float]:
     """CIDEr-D of each image (Vedantam et al. 2015), whose mean is the set's; 10 is a caption equal to all references.
 
-    Runs of words are weighted by their rarity among this set's references, so a set of one image scores 0. As in the
-    server's code, lengths are compared in pairs of words, one less than in the paper's words.
+    Runs of words are weighted by their rarity among ``documents``, or among this set's references, so that a set of one
+    image scores 0. As in the server's code, lengths are compared in pairs of words, one less than in the paper's words.
     """
     _check(written, references)
     known = [[grams(each) for each in several] for several in references]
-    documents = Counter(gram for several in known for gram in set().union(*several))
-    total = math.log(len(known))
+    documents = documents or Documents.of(references)
+    total = math.log(documents.images)
 
     def weigh(counts: Grams) -> list[dict[tuple[str, ...], float]]:
         vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(4)]
         for gram, count in counts.items():
-            vectors[len(gram) - 1][gram] = count * (total - math.log(max(1, documents[gram])))
+            vectors[len(gram) - 1][gram] = count * (total - math.log(max(1, documents.counts[gram])))
         return vectors
 
     scores = []
