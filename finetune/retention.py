@@ -1,4 +1,4 @@
-"""What a model still knows: the numbers of a task from before, with the weights before and after they learn another one.
+"""What a model still knows: numbers of a task from before, with the weights before and after they learn another one.
 
 The old task's heads, which fine-tuning leaves out, are those of the pre-trained weights, put around the encoders that
 have learned; a head that both tasks have is the one that has learned.
