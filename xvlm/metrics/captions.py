@@ -3,14 +3,18 @@
 Captions are lists of words, see :func:`words`. A set is a caption for each image and the images' references.
 """
 
+import logging
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 Words = Sequence[str]
 Grams = Counter[tuple[str, ...]]
+
+logger = logging.getLogger(__name__)
 
 # The Penn Treebank's words, as far as captions have them: abbreviations and numbers stay whole, clitics are split off,
 # hyphens and slashes inside words stay.
@@ -128,8 +132,11 @@ def cider_d(
 def with_java(written: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """METEOR and SPICE of untokenised captions, by the server's own code, which runs Java.
 
+    SPICE fetches Stanford's parser when it is first used; where it cannot, it is left out, which the log says.
+
     Raises:
         ModuleNotFoundError: pycocoevalcap is not installed; names the extra.
+        FileNotFoundError: there is no Java.
     """
     try:
         from pycocoevalcap.meteor.meteor import Meteor
@@ -139,10 +146,17 @@ def with_java(written: Mapping[str, str], references: Mapping[str, Sequence[str]
         raise ModuleNotFoundError(
             f"METEOR and SPICE need {error.name}: pip install -e '.[captions]', and Java", name=error.name
         ) from None
+    if shutil.which("java") is None:
+        raise FileNotFoundError("METEOR and SPICE run Java, and there is no java on the path")
     split = PTBTokenizer()
     known = split.tokenize({name: [{"caption": text} for text in texts] for name, texts in references.items()})
     said = split.tokenize({name: [{"caption": text}] for name, text in written.items()})
-    return {name: scorer.compute_score(known, said)[0] for name, scorer in (("METEOR", Meteor()), ("SPICE", Spice()))}
+    scores = {"METEOR": Meteor().compute_score(known, said)[0]}
+    try:
+        scores["SPICE"] = Spice().compute_score(known, said)[0]
+    except OSError as error:
+        logger.warning("SPICE is left out: Stanford's parser, which it needs, cannot be fetched: %s", error)
+    return scores
 
 
 def _common(a: Words, b: Words) -> int:
