@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import retention
 from runs import FinetuneRun, read_rows, tables
 from views import galleries
 
@@ -53,13 +54,16 @@ def page(config: FinetuneRun, out: Path | None = None) -> Path:
         if view:
             rows = read_rows(config, config.out / f"predictions-{split}.jsonl")
             pictures += galleries(view, rows, Shards(result["data"]["folder"]), split)
+    numbers = [table for result in results for table in tables(result)]
+    if "retention" in results[0]:
+        numbers.append(retention.table(results[0]["retention"]))
     log = runlog.read_log(config.out)
     keys = sorted({key for line in log for key in line if "/" in key})
     return report.write_report(
         out or config.out,
         title=config.title,
         facts=facts(results),
-        tables=[table for result in results for table in tables(result)],
+        tables=numbers,
         curves=viz.curves(log, keys) if keys else None,
         pictures=pictures,
     )

@@ -54,6 +54,7 @@ class Recipe:
     view: View | None = None  # how a report looks at the rows; none: it does not
     stream: Callable[..., Stream] = texts_about_images
     model: type[Pretrained] = XVLM
+    prepare: Callable[[Any, Processor, Sequence[Path]], None] = lambda task, processor, trained_on: None
     start: Callable[[Any, XVLM, list[str]], tuple[nn.Module, list[str]]] = as_it_is
     looks: int = 1  # images that a text is about
     end_token: bool = False  # whether texts end with [SEP]
@@ -164,6 +165,7 @@ RECIPES = {
         "wrote of another image.",
         view=CAPTIONING,
         stream=captioning.Captions,
+        prepare=captioning.prepare,
         model=Captioner,
         start=lambda task, pretrained, fresh: (Captioner.of(pretrained), []),
         end_token=True,

@@ -13,11 +13,12 @@ from torch import nn
 from views import by_slice
 
 from xvlm import hub, probe, report
-from xvlm.config import ConfigError, Configured
+from xvlm.config import ConfigError, Configured, merge
 from xvlm.data import pretrain
 from xvlm.data.processor import Processor
 from xvlm.data.shards import Shards
-from xvlm.models.init import InitConfig, initial_model
+from xvlm.models.init import InitConfig, initial_model, pretrained_model
+from xvlm.models.lora import LoraConfig, adapt
 from xvlm.models.xvlm import XVLM
 from xvlm.run import RunConfig
 
@@ -28,6 +29,9 @@ SLICES = (
 )
 
 
+READERS = {".csv": "csv_table", ".json": "coco_json", ".jsonl": "json_lines"}  # of files of one's own, by their ending
+
+
 class EvaluationConfig(Configured):
     splits: dict[str, Path] = {}  # name -> folder of shards
     records: Count | None = None  # of each split, the first ones; null: all
@@ -35,18 +39,61 @@ class EvaluationConfig(Configured):
     untrained: bool = True  # also measure the model as it starts
 
 
+class RetentionConfig(Configured):
+    """A task that the pre-trained weights know, to be asked again after they have learned another one."""
+
+    task: TaskConfig
+    shards: Path  # a packed folder of examples
+    records: Count | None = None  # the first ones; null: all
+
+    @model_validator(mode="after")
+    def weights_may_know_the_task(self) -> "RetentionConfig":
+        recipe = RECIPES[self.task.name]
+        if recipe.model is not XVLM or recipe.looks > 1:
+            raise ValueError(f"task {self.task.name}: pre-trained weights know retrieval and grounding")
+        return self
+
+
 class FinetuneRun(RunConfig):
     """Everything a fine-tuning run depends on."""
 
     title: str = "Fine-tuning"
+    # Your own files instead of a corpus, by split: {train: my.csv}. They are packed to <out>/shards. Without a `val`,
+    # every tenth image of train is held out.
+    data: dict[str, Path] = {}
     task: TaskConfig
     init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
     from_scratch: bool = False  # of the pre-trained model take the shape alone: what pre-training is worth
     image_size: Count | None = None  # pixels; null: as in pre-training
     trunk_options: dict[str, Any] = {}  # over those of pre-training: Swin's window_size has to divide another size
     max_tokens: Count | None = None  # of a text; null: as in pre-training
+    lora: LoraConfig | None = None  # the pre-trained layers stay as they are, and thin matrices beside them learn
     stream: pretrain.StreamConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    retention: RetentionConfig | None = None  # what the model is to know still
+
+    @model_validator(mode="before")
+    @classmethod
+    def own_files_make_a_corpus(cls, values: Any) -> Any:
+        """``data`` says where the corpus, the stream and the splits are; what is said of these counts more."""
+        data = values.get("data")
+        if not isinstance(data, dict) or not data:
+            return values
+        if "train" not in data:
+            raise ValueError("data: which file to train on? data.train=my.csv")
+        kinds = {Path(str(file)).suffix for file in data.values()}
+        if len(kinds) > 1 or not kinds <= READERS.keys():
+            found = ", ".join(map(str, data.values()))
+            raise ValueError(f"data: found {found}; expected files that all end in one of {', '.join(READERS)}")
+        shards = Path(str(values.get("out"))) / "shards"
+        splits = ["train", "val", *(split for split in data if split not in ("train", "val"))]
+        corpus = {"reader": READERS[kinds.pop()], "files": data, "out": str(shards), "splits": dict.fromkeys(splits)}
+        made = {
+            "corpus": corpus,
+            "stream": {"shards": [str(shards / "train")]},
+            "evaluation": {"splits": {split: str(shards / split) for split in splits[1:]}},
+        }
+        return merge(made, values)
 
     @model_validator(mode="after")
     def the_stream_fits_the_task(self) -> "FinetuneRun":
@@ -55,6 +102,12 @@ class FinetuneRun(RunConfig):
             raise ValueError(f"stream.grain is {self.stream.grain!r}; {wanted}")
         if self.init.model is None:
             raise ValueError("init.model: which pre-trained weights? A folder, or xvlm-scenes-tiny")
+        if self.lora is not None and self.from_scratch:
+            raise ValueError("lora adapts pre-trained weights, and from_scratch has none")
+        if self.retention is not None and self.recipe.looks > 1:
+            raise ValueError(
+                f"retention: the layers of {self.task.name} look at two images, those of other tasks at one"
+            )
         return self
 
     @property
@@ -65,7 +118,7 @@ class FinetuneRun(RunConfig):
 def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
     """The task, the names of its parameters that start fresh among pre-trained ones, and its processor."""
     recipe, name = config.recipe, config.init.model
-    theirs, processor = XVLM.from_pretrained(name).config, Processor.from_pretrained(name)
+    theirs, processor = pretrained_model(name).config, Processor.from_pretrained(name)
     size = theirs.vision.image_size if config.image_size is None else (config.image_size, config.image_size)
     options = theirs.vision.options | config.trunk_options
     vision = theirs.vision.model_copy(update={"image_size": size, "options": options})
@@ -73,6 +126,8 @@ def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
     shape = theirs.model_copy(update={"heads": recipe.heads, "vision": vision, "text": text})
     pretrained, fresh = (XVLM(shape), []) if config.from_scratch else initial_model(shape, config.init)
     model, fresh = recipe.start(config.task, pretrained, fresh)
+    if config.lora is not None:
+        adapt(model, config.lora, fresh)
     tokens = config.max_tokens or processor.config.max_tokens
     prepared = {"image_size": size, "max_tokens": tokens, "end_token": recipe.end_token or processor.config.end_token}
     processor = Processor(processor.config.model_copy(update=prepared), processor.tokenizer)
@@ -95,6 +150,11 @@ def shards_of(config: FinetuneRun, split: str) -> Shards:
     return Shards(config.evaluation.splits[split])
 
 
+def trained_on(config: FinetuneRun) -> list[Path]:
+    """The folders of shards that a run learns from."""
+    return list(chain.from_iterable(pretrain.locate(config.stream).values()))
+
+
 def ask(config: FinetuneRun, split: str, task: nn.Module, processor: Processor) -> list[Any]:
     """What a task answers to a split: a row for each example, on every process the same."""
     shards = shards_of(config, split)
@@ -106,7 +166,7 @@ def ask(config: FinetuneRun, split: str, task: nn.Module, processor: Processor) 
         shards,
         range(min(len(shards), config.evaluation.records or len(shards))),
         batch_size=config.evaluation.batch_size,
-        trained_on=list(chain.from_iterable(pretrain.locate(config.stream).values())),
+        trained_on=trained_on(config),
     )
     task.train(was_training)
     return rows

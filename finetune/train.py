@@ -7,17 +7,20 @@ command continues a run that was interrupted.
 
 import json
 import time
-from functools import partial
+from pathlib import Path
 
+import retention
 import torch
 from pages import page
-from runs import FinetuneRun, ask, build, judge, tables, weights, write_rows
+from runs import FinetuneRun, ask, build, judge, tables, trained_on, weights, write_rows
 
 from xvlm import distributed, hub, probe, runlog, train
 from xvlm.data import scenes
 from xvlm.data.pack import CorpusConfig
 from xvlm.data.processor import Processor
 from xvlm.evaluate import Numbers
+from xvlm.models import lora
+from xvlm.optim import freeze, learning
 from xvlm.run import command, dry_folder, finished, keep, prepare, script
 
 SHIPPED = "xvlm-scenes-tiny"
@@ -37,8 +40,14 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     torch.manual_seed(config.train.seed)
     task, fresh, processor = build(config)
     task.to(accelerator.device)
+    config.recipe.prepare(task, processor, trained_on(config))
     before = untrained(config, task, processor)
+    knew = None if config.retention is None else retention.measure(config, accelerator.device)
+    freeze(task, config.optim.freeze)
+    learn, parameters = learning(task)
     world = distributed.world()
+    if world.rank == 0:
+        print(f"{learn:,} of {parameters:,} parameters learn")
 
     def open_stream(start: int):
         place = {"seed": config.train.seed, "rank": world.rank, "world": world.size, "turns": config.train.accumulate}
@@ -48,13 +57,20 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
         numbers = measured(config, task, processor)
         return {f"{split}/{name}": value for split, row in numbers.items() for name, value in row.items()}
 
-    validation = runlog.Validation(measure, partial(keep, task.model, processor))
+    def keep_merged(folder: Path) -> None:
+        keep(lora.merged(task.model), processor, folder)
+
+    validation = runlog.Validation(measure, keep_merged)
     streams = {"train": open_stream}
     train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh, validation=validation)
-    keep(task.model, processor, config.out / "model")
+    keep_merged(config.out / "model")
     answered = {split: ask(config, split, task, processor) for split in config.evaluation.splits}
+    knows = None if config.retention is None else retention.measure(config, accelerator.device, task.model)
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
+        about |= {"parameters": parameters, "parameters that learn": learn}
+        if config.retention is not None:
+            about |= {"retention": retention.about(config, knew, knows)}
         write(config, before, answered, about)
 
 
@@ -84,6 +100,8 @@ def write(config: FinetuneRun, before: dict[str, Numbers], answered: dict[str, l
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
         for table in tables(result):
             print(f"\n{probe.as_text(table)}")
+    if "retention" in about:
+        print(f"\n{probe.as_text(retention.table(about['retention']))}")
     print(f"\n{page(config)}")
 
 
@@ -94,8 +112,11 @@ def dry(config: FinetuneRun) -> FinetuneRun:
         reader="scenes", out=out / "shards", splits={"train": 16, "test": 8}, scenes=scenes.SceneConfig(size=size)
     )
     images = {"shards": [str(out / "shards/train")], "images": 4 * distributed.world().size, "workers": 0}
+    kept = config.retention and config.retention.model_copy(update={"shards": out / "shards/test"})
     changes = {
+        "retention": kept,
         "out": out,
+        "data": {},
         "corpus": corpus,
         "init": config.init.model_copy(update={"model": SHIPPED}),
         "image_size": size,

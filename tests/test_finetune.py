@@ -22,6 +22,7 @@ from xvlm.data.shards import BrokenSample, Shards, write_shards
 from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.xvlm import XVLM
 from xvlm.tasks import captioning, nlvr, vqa
+from xvlm.tasks.retrieval import RetrievalConfig, Task
 
 ROOT = Path(__file__).parents[1]
 STILL = {"crop": "none", "hflip": 0.0, "randaugment": "none"}
@@ -382,3 +383,151 @@ def test_tags_kinds_and_sizes_are_slices(scripts, rows):
 def test_a_stream_of_another_task_is_refused(scripts):
     with pytest.raises(ConfigError, match=r"stream\.grain is 'caption'; grounding learns from 'region'"):
         scripts[0].main([str(ROOT / "configs/finetune/grounding_scenes.yaml"), "stream.grain=caption", "--show"])
+
+
+# Own files, from the file to the numbers.
+
+
+def own_files(folder: Path, ending: str, count: int = 11) -> Path:
+    """Scenes as people have pictures: a file of annotations, and the pictures beside it."""
+    (folder / "pictures").mkdir(parents=True)
+    rows, images, annotations, lines = ["image,left,top,right,bottom,text"], [], [], []
+    for i, (record, image) in enumerate(scenes.samples(scenes.SceneConfig(size=32), "train", count)):
+        name, thing, caption = f"pictures/{i}.png", record.objects[0], record.captions[0]
+        (folder / name).write_bytes(image)
+        left, top, right, bottom = thing.box_xyxy
+        rows += [f'{name},{left},{top},{right},{bottom},"{thing.label}"', f'{name},,,,,"{caption}"']
+        images.append({"id": i, "file_name": name})
+        box = [left, top, right - left, bottom - top]
+        annotations += [{"image_id": i, "bbox": box, "caption": thing.label}, {"image_id": i, "caption": caption}]
+        region = {"box_xyxy": thing.box_xyxy, "descriptions": [thing.label]}
+        lines.append(json.dumps({"image": name, "captions": [caption], "regions": [region]}))
+    coco = json.dumps({"images": images, "annotations": annotations})
+    written = {".csv": "\n".join(rows), ".json": coco, ".jsonl": "\n".join(lines)}
+    file = folder / f"my{ending}"
+    file.write_text(written[ending])
+    return file
+
+
+OWN = ["train.steps=2", "train.save_every=2", "stream.images=4", "stream.workers=0", "evaluation.untrained=false"]
+
+
+@pytest.mark.parametrize(
+    ("task", "ending"),
+    [
+        ("grounding", ".csv"),
+        ("grounding", ".json"),
+        ("grounding", ".jsonl"),
+        ("retrieval", ".csv"),
+        ("captioning", ".csv"),
+    ],
+)
+def test_one_file_of_ones_own_is_trained_on_with_every_tenth_image_held_out(scripts, tmp_path, task, ending):
+    out, file = tmp_path / "run", own_files(tmp_path / "mine", ending)
+    scripts[0].main([str(ROOT / f"configs/finetune/{task}.yaml"), f"data.train={file}", f"out={out}", *OWN])
+    train, val = (Shards(out / "shards" / split) for split in ("train", "val"))
+    assert [val.key(i) for i in range(len(val))] == ["pictures_0", "pictures_10"]
+    assert [train.key(i) for i in range(len(train))] == [f"pictures_{i}" for i in range(1, 10)]
+    result = json.loads((out / "results-val.json").read_text())
+    assert (
+        result["examples"] in (2, 4) and result["numbers"]
+    )  # retrieval asks for images and for texts and 0 < result["parameters that learn"] <= result["parameters"]
+
+
+def test_validation_images_in_a_file_of_their_own(scripts, tmp_path):
+    out, file, other = tmp_path / "run", own_files(tmp_path / "a", ".csv", 3), own_files(tmp_path / "b", ".csv", 2)
+    words = [str(ROOT / "configs/finetune/grounding.yaml"), f"data.train={file}", f"data.val={other}", f"out={out}"]
+    scripts[0].main([*words, *OWN])
+    assert [len(Shards(out / "shards" / split)) for split in ("train", "val")] == [3, 2]
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"train was packed from .*; choose another corpus\.out"):
+        scripts[0].main([*words, *OWN, "title=again", f"out={tmp_path / 'other'}", f"corpus.out={out / 'shards'}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.train=absent.csv"], r"absent\.csv: no such file"),
+        (["data.train=my.xlsx"], r"data: found my\.xlsx; expected files that all end in one of \.csv, \.json, \.jsonl"),
+        (
+            ["data.train=a.csv", "data.val=b.json"],
+            r"data: found a\.csv, b\.json; expected files that all end in one of",
+        ),
+        (["data=", "data.val=b.csv"], r"which file to train on\? data\.train=my\.csv"),
+    ],
+)
+def test_files_that_cannot_be_trained_on(scripts, tmp_path, words, message):
+    with pytest.raises((ConfigError, FileNotFoundError), match=message):
+        scripts[0].main([str(ROOT / "configs/finetune/grounding.yaml"), *words, f"out={tmp_path / 'run'}"])
+
+
+def test_a_wrong_row_is_named_by_file_line_and_columns(scripts, tmp_path):
+    file = own_files(tmp_path / "mine", ".csv", 2)
+    file.write_text(file.read_text() + "\npictures/1.png,3,wide,9,9,text\n")
+    with pytest.raises(ValueError, match=r"my\.csv line 6: left,top,right,bottom: expected four numbers, found 3,wide"):
+        scripts[0].main(
+            [str(ROOT / "configs/finetune/grounding.yaml"), f"data.train={file}", f"out={tmp_path / 'run'}"]
+        )
+
+
+# What is still known.
+
+
+@pytest.mark.parametrize("config", ["grounding_scenes_lora", "captioning_scenes"])
+def test_the_old_task_is_asked_before_and_after(scripts, folder, tmp_path, config):
+    out = tmp_path / "run"
+    words = [str(ROOT / f"configs/finetune/{config}.yaml"), f"out={out}", "corpus=null", f"stream.shards=[{folder}]"]
+    words += [f"evaluation.splits.test={folder}", *OWN, "retention.task={name: retrieval, captions: 1, top_k: 4}"]
+    words += [f"retention.shards={folder}", "retention.records=8", "optim.warmup=0", "optim.lr=1"]
+    scripts[0].main(words)
+    found = json.loads((out / "results-test.json").read_text())["retention"]
+    known = Task(RetrievalConfig(captions=1, top_k=4), XVLM.from_pretrained("xvlm-scenes-tiny"))
+    processor = Processor.from_pretrained("xvlm-scenes-tiny")
+    asked = evaluate.retrieval(known.model, processor, Shards(folder), range(8), captions=1, top_k=4, batch_size=8)
+    assert found["before"] == pytest.approx(evaluate.retrieval_numbers(asked.rows))
+    assert found["after"].keys() == found["before"].keys() and found["after"] != found["before"]
+    assert "retained: retrieval" in (out / "report.html").read_text()
+    if config.endswith("lora"):  # the merged folder, with the old heads, gives the same
+        model = XVLM.from_pretrained(out / "model")
+        known.model.load_state_dict(known.model.state_dict() | model.state_dict())
+        asked = evaluate.retrieval(known.model, processor, Shards(folder), range(8), captions=1, top_k=4, batch_size=8)
+        assert found["after"] == pytest.approx(evaluate.retrieval_numbers(asked.rows))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["retention={task: {name: captioning}, shards: x}"],
+            r"task captioning: pre-trained weights know retrieval and grounding",
+        ),
+        (["lora={}", "from_scratch=true"], "lora adapts pre-trained weights, and from_scratch has none"),
+    ],
+)
+def test_adaptations_that_make_no_sense(scripts, words, message):
+    with pytest.raises(ConfigError, match=message):
+        scripts[0].main([str(ROOT / "configs/finetune/grounding_scenes.yaml"), *words, "--show"])
+
+
+# One after the other.
+
+
+def test_assignment_then_nlvr_and_captions_then_scores(scripts, folder, tmp_path):
+    """What one run leaves, the next one starts from."""
+
+    def run(config: str, *words: str) -> Path:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        common = ["corpus=null", f"stream.shards=[{folder}]", f"evaluation.splits.test={folder}", *OWN]
+        scripts[0].main([str(ROOT / f"configs/finetune/{config}.yaml"), f"out={out}", *common, *words])
+        return out / "model"
+
+    prepared = run("nlvr_scenes_assignment")
+    judged = run("nlvr_scenes", f"init.model={prepared}")
+    assert XVLM.from_pretrained(judged).config.text.looks == XVLM.from_pretrained(prepared).config.text.looks == 2
+    writes = run("captioning_scenes")
+    scores = ["task.self_critical={samples: 2, max_tokens: 8}", "stream.captions=any", "stream.max_captions=2"]
+    rewarded = run("captioning_scenes", f"init.model={writes}", *scores, "optim.warmup=0")
+    first = dict(Captioner.from_pretrained(writes).named_parameters())
+    second = Captioner.from_pretrained(rewarded).named_parameters()
+    off = max(float((parameter - first[name]).detach().abs().max()) for name, parameter in second)
+    assert 0 < off < 0.1  # two small steps away from where the first run ended

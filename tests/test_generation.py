@@ -1,12 +1,13 @@
 """Greedy and beam search against brute force and by hand, on vocabularies of a few words."""
 
 import math
+from collections import Counter
 from itertools import product
 
 import pytest
 import torch
 
-from xvlm.models.generation import GenerationConfig, generate
+from xvlm.models.generation import GenerationConfig, draw, generate
 
 END = 3
 
@@ -135,3 +136,55 @@ def test_finished_texts_are_padded_while_others_grow():
 def test_a_prompt_without_room_is_refused():
     with pytest.raises(ValueError, match="prompts of 3 tokens leave no room in max_tokens 3"):
         generate(Table(), torch.zeros(1, 3, dtype=torch.long), END, GenerationConfig(max_tokens=3))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("beams", "min_tokens"), [(1, 0), (3, 0), (3, 3), (5, 1)])
+def test_without_the_prompt_lengths_count_as_in_current_transformers(seed, beams, min_tokens):
+    """The library's own ``generate``, with a small random model."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 12, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = BertLMHeadModel(BertConfig(**shape, intermediate_size=16, is_decoder=True, initializer_range=1.0)).eval()
+    prompts = torch.tensor([[1, 2, 4], [1, 5, 6], [1, 7, 7]])
+    config = GenerationConfig(beams=beams, max_tokens=7, min_tokens=min_tokens, count_prompt=False)
+
+    def next_word(ids, _continued):
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+
+    written = generate(next_word, prompts, END, config)
+    theirs = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        num_beams=beams,
+        max_new_tokens=7,
+        min_new_tokens=min_tokens or None,
+        do_sample=False,
+        eos_token_id=END,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    for ids, mask, known in zip(written.texts.ids, written.texts.mask, theirs.sequences, strict=True):
+        assert ids[mask].tolist() == known[: mask.sum()].tolist()
+        assert set(known[mask.sum() :].tolist()) <= {0, END}  # filled up
+    if beams > 1:
+        torch.testing.assert_close(written.scores, theirs.sequences_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_texts_are_drawn_as_often_as_they_are_likely():
+    table, count = Table(), 4000
+    uniform = torch.rand(count, 2, generator=torch.Generator().manual_seed(0))
+    drawn = draw(table, torch.tensor([[0, 1]]).repeat(count, 1), END, 4, uniform)
+    total = drawn.log_p.sum(1)
+    words = drawn.texts.mask.sum(1)
+    seen = Counter(tuple(ids[:n].tolist()) for ids, n in zip(drawn.texts.ids, words.tolist(), strict=True))
+    for ids, n, score in zip(drawn.texts.ids[:100], words[:100].tolist(), total[:100].tolist(), strict=True):
+        text = tuple(ids[:n].tolist())
+        assert score == pytest.approx(sum(table.log_p(text[:i])[text[i]] for i in range(2, n)), abs=1e-4)
+        share = math.exp(score)
+        assert abs(seen[text] / count - share) < 4 * math.sqrt(share * (1 - share) / count)
+        assert END not in text[:-1]
+    again = draw(Table(), torch.tensor([[0, 1]]).repeat(count, 1), END, 4, uniform)
+    assert torch.equal(again.texts.ids, drawn.texts.ids)

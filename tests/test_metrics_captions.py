@@ -124,3 +124,14 @@ def test_the_servers_tokenizer_gives_the_same():
     ]
     found = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(said)})
     assert [captions.words(text) for text in said] == [found[i][0].split() for i in range(len(said))]
+
+
+@pytest.mark.slow
+def test_meteor_runs_where_the_extra_and_java_are():
+    pytest.importorskip("pycocoevalcap", reason="pip install -e '.[captions]'")
+    if shutil.which("java") is None:
+        pytest.skip("no Java")
+    known = {"a": ["a dog runs on the beach", "a dog running"], "b": ["two cats on a sofa"]}
+    same = captions.with_java({"a": "a dog runs on the beach", "b": "two cats on a sofa"}, known)
+    other = captions.with_java({"a": "two cats on a sofa", "b": "a dog runs on the beach"}, known)
+    assert same["METEOR"] == pytest.approx(1.0) and other["METEOR"] < 0.2

@@ -8,6 +8,7 @@ word take no part; they are counted and logged.
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -281,7 +282,7 @@ def grounding(
 
 def queries(record: Record, index: int) -> Iterator[Query]:
     """A record's referring expressions that have a box; without any, its caption phrases with boxes; without these, the
-    first description of each region."""
+    first description of each region; without these too, the labels that only one object has."""
     for expression in record.expressions:
         if expression.box_xyxy is not None:
             yield Query(index, expression.text, (expression.box_xyxy,), tuple(expression.tags), record=record.id)
@@ -293,6 +294,11 @@ def queries(record: Record, index: int) -> Iterator[Query]:
     if not record.expressions and not record.phrases:
         for region in record.regions:
             yield Query(index, region.descriptions[0], (region.box_xyxy,), record=record.id)
+    if not record.expressions and not record.phrases and not record.regions:
+        times = Counter(thing.label for thing in record.objects)
+        for thing in record.objects:
+            if times[thing.label] == 1:
+                yield Query(index, thing.label, (thing.box_xyxy,), record=record.id)
 
 
 def grounding_numbers(answered: Sequence[Query]) -> Numbers:

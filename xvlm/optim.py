@@ -39,6 +39,26 @@ def decays(name: str, parameter: Tensor, rule: Literal["kind", "names"] = "kind"
     return parameter.ndim > 1 and "relative_position_bias_table" not in name
 
 
+def freeze(model: nn.Module, prefixes: Iterable[str]) -> None:
+    """Let the parameters whose names begin so not learn.
+
+    Raises:
+        ValueError: a prefix that no parameter has.
+    """
+    for prefix in prefixes:
+        parts = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        if not parts:
+            raise ValueError(f"optim.freeze: no parameter begins with {prefix!r}")
+        for parameter in parts:
+            parameter.requires_grad_(False)
+
+
+def learning(model: nn.Module) -> tuple[int, int]:
+    """How many parameters learn, and how many there are."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+
+
 def parameter_groups(
     model: nn.Module, config: OptimConfig, fresh: Iterable[str] = (), above: Mapping[str, int] | None = None
 ) -> list[dict]:
@@ -57,14 +77,13 @@ def parameter_groups(
     fresh = set(fresh)
     if unknown := fresh - named.keys():
         raise ValueError(f"fresh parameters the model does not have: {sorted(unknown)}")
-    for field, prefixes in (("freeze", config.freeze), ("scales", config.scales)):
-        for prefix in prefixes:
-            if not any(name.startswith(prefix) for name in named):
-                raise ValueError(f"optim.{field}: no parameter begins with {prefix!r}")
+    for prefix in config.scales:
+        if not any(name.startswith(prefix) for name in named):
+            raise ValueError(f"optim.scales: no parameter begins with {prefix!r}")
+    freeze(model, config.freeze)
     groups: dict[tuple[bool, float, bool], dict] = {}
     for name, parameter in named.items():
-        if name.startswith(tuple(config.freeze)):
-            parameter.requires_grad_(False)
+        if not parameter.requires_grad:
             continue
         prefix = max((prefix for prefix in config.scales if name.startswith(prefix)), key=len, default=None)
         scale = (config.new_layers_lr if name in fresh else 1.0) * (1.0 if prefix is None else config.scales[prefix])

@@ -38,13 +38,20 @@ Reader = Literal[
     "json_lines",
 ]
 
+HELD_OUT = 10  # one image in so many, of a file that is to be trained and validated on
+
+OWN = ("csv_table", "coco_json", "json_lines")  # readers of people's own files
+
 
 class CorpusConfig(Configured):
     """Where records come from and which splits are packed, each to ``<out>/<split>``."""
 
     reader: Reader
     out: Path
-    folder: Path | None = None  # of the public data; scenes need none
+    folder: Path | None = None  # of the public data; scenes need none, and files of your own bring their folder
+    # Of csv_table, coco_json and json_lines: a split's file, whatever its name. A `val` without one takes every tenth
+    # image of train, beginning with the first, and leaves it the others.
+    files: dict[str, Path] = {}
     allow_missing: bool = False  # leave photographs out that are listed but absent, and say which
     masks: bool = False  # of the reader coco: keep the outlines of objects too
     splits: dict[str, int | None]  # how many records at most; null: all
@@ -60,6 +67,20 @@ class CorpusConfig(Configured):
         if self.masks and self.reader != "coco":
             raise ValueError(f"masks: a choice of the reader coco, not of {self.reader}")
         return self
+
+    def every_split_has_a_file(self) -> "CorpusConfig":
+        if not self.files:
+            return self
+        if self.reader not in OWN:
+            raise ValueError(f"files: {self.reader} reads a folder; {', '.join(OWN)} read files")
+        if missing := self.splits.keys() - self.files.keys() - {"val"} or {"train"} - self.files.keys():
+            raise ValueError(f"files: none for {', '.join(sorted(missing))}")
+        return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether validation images are taken from the training file."""
+        return bool(self.files) and "val" in self.splits.keys() - self.files.keys()
 
 
 def pack(config: CorpusConfig) -> dict[str, Shards]:
@@ -108,7 +129,10 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
         description |= {"avoid": avoid, "leaks": config.leaks}
     if config.reader == "scenes":
         return description | {"version": scenes.VERSION, "scenes": config.scenes.model_dump(mode="json")}
-    return description | {"folder": str(config.folder.resolve()) if config.folder else None}
+    description |= {"folder": str(config.folder.resolve()) if config.folder else None}
+    if config.files:
+        description |= {"file": sha256(_file(config, split)), "holds_out": config.holds_out}
+    return description
 
 
 def read(
@@ -119,9 +143,29 @@ def read(
         if limit is None:
             raise ValueError(f"corpus.splits.{split}: scenes never end, so a number is needed")
         return scenes.samples(config.scenes, split, limit)
-    if config.folder is None:
-        raise ValueError(f"corpus.folder: the reader {config.reader} needs the folder of the data (corpus.folder=...)")
     reader = import_module(f"xvlm.data.readers.{config.reader}")
-    allow_missing = config.allow_missing and (True if absent is None else absent)
-    options = {"masks": True} if config.masks else {}
-    return islice(reader.read(config.folder, split, allow_missing=allow_missing, **options), limit)
+    options: dict[str, Any] = {"allow_missing": config.allow_missing and (True if absent is None else absent)}
+    if config.masks:
+        options["masks"] = True
+    if config.files:
+        file = _file(config, split)
+        samples = reader.read(config.folder or file.parent, split, file=file, **options)
+        if config.holds_out and split in ("train", "val"):
+            samples = (each for i, each in enumerate(samples) if (i % HELD_OUT == 0) == (split == "val"))
+    elif config.folder is None:
+        raise ValueError(f"corpus.folder: the reader {config.reader} needs the folder of the data (corpus.folder=...)")
+    else:
+        samples = reader.read(config.folder, split, **options)
+    return islice(samples, limit)
+
+
+def _file(config: CorpusConfig, split: str) -> Path:
+    """The file that a split is in.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    file = config.files.get(split, config.files["train"])
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    return file

@@ -3,13 +3,18 @@
 Captions are lists of words, see :func:`words`. A set is a caption for each image and the images' references.
 """
 
+import logging
 import math
 import re
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 Words = Sequence[str]
 Grams = Counter[tuple[str, ...]]
+
+logger = logging.getLogger(__name__)
 
 # The Penn Treebank's words, as far as captions have them: abbreviations and numbers stay whole, clitics are split off,
 # hyphens and slashes inside words stay.
@@ -73,21 +78,43 @@ def rouge_l(written: Sequence[Words], references: Sequence[Sequence[Words]], bet
     return sum(scores) / len(scores)
 
 
-def cider_d(written: Sequence[Words], references: Sequence[Sequence[Words]], sigma: float = 6.0) -> list[float]:
+class Documents(NamedTuple):
+    """In how many images' references each run of words is, and how many images there are."""
+
+    counts: Grams
+    images: int
+
+    @classmethod
+    def of(cls, references: Iterable[Sequence[Words]]) -> "Documents":
+        counts: Grams = Counter()
+        images = 0
+        for several in references:
+            counts.update(set().union(*map(grams, several)))
+            images += 1
+        return cls(counts, images)
+
+
+def cider_d(
+    written: Sequence[Words],
+    references: Sequence[Sequence[Words]],
+    sigma: float = 6.0,
+    *,
+    documents: Documents | None = None,
+) -> list[float]:
     """CIDEr-D of each image (Vedantam et al. 2015), whose mean is the set's; 10 is a caption equal to all references.
 
-    Runs of words are weighted by their rarity among this set's references, so a set of one image scores 0. As in the
-    server's code, lengths are compared in pairs of words, one less than in the paper's words.
+    Runs of words are weighted by their rarity among ``documents``, or among this set's references, so that a set of one
+    image scores 0. As in the server's code, lengths are compared in pairs of words, one less than in the paper's words.
     """
     _check(written, references)
     known = [[grams(each) for each in several] for several in references]
-    documents = Counter(gram for several in known for gram in set().union(*several))
-    total = math.log(len(known))
+    documents = documents or Documents.of(references)
+    total = math.log(documents.images)
 
     def weigh(counts: Grams) -> list[dict[tuple[str, ...], float]]:
         vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(4)]
         for gram, count in counts.items():
-            vectors[len(gram) - 1][gram] = count * (total - math.log(max(1, documents[gram])))
+            vectors[len(gram) - 1][gram] = count * (total - math.log(max(1, documents.counts[gram])))
         return vectors
 
     scores = []
@@ -105,8 +132,11 @@ def cider_d(written: Sequence[Words], references: Sequence[Sequence[Words]], sig
 def with_java(written: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """METEOR and SPICE of untokenised captions, by the server's own code, which runs Java.
 
+    SPICE fetches Stanford's parser when it is first used; where it cannot, it is left out, which the log says.
+
     Raises:
         ModuleNotFoundError: pycocoevalcap is not installed; names the extra.
+        FileNotFoundError: there is no Java.
     """
     try:
         from pycocoevalcap.meteor.meteor import Meteor
@@ -116,10 +146,17 @@ def with_java(written: Mapping[str, str], references: Mapping[str, Sequence[str]
         raise ModuleNotFoundError(
             f"METEOR and SPICE need {error.name}: pip install -e '.[captions]', and Java", name=error.name
         ) from None
+    if shutil.which("java") is None:
+        raise FileNotFoundError("METEOR and SPICE run Java, and there is no java on the path")
     split = PTBTokenizer()
     known = split.tokenize({name: [{"caption": text} for text in texts] for name, texts in references.items()})
     said = split.tokenize({name: [{"caption": text}] for name, text in written.items()})
-    return {name: scorer.compute_score(known, said)[0] for name, scorer in (("METEOR", Meteor()), ("SPICE", Spice()))}
+    scores = {"METEOR": Meteor().compute_score(known, said)[0]}
+    try:
+        scores["SPICE"] = Spice().compute_score(known, said)[0]
+    except OSError as error:
+        logger.warning("SPICE is left out: Stanford's parser, which it needs, cannot be fetched: %s", error)
+    return scores
 
 
 def _common(a: Words, b: Words) -> int:

@@ -168,6 +168,11 @@ def for_captions(state: State) -> State:
     return {name: tensor for name, tensor in moved.items() if name.startswith(("vision.", "decoder."))}
 
 
+def from_captions(state: State) -> State:
+    """The way back from :func:`for_captions`: what wrote reads again."""
+    return _renamed(state, lambda name: name.removeprefix("decoder."))
+
+
 def for_answers(state: State, decoder_layers: int, *, same_width: bool) -> State:
     """The state dict of an :class:`xvlm.XVLM` -> of a :class:`xvlm.models.decoder.Answerer`, as far as it goes.
 

@@ -7,7 +7,8 @@ import torch
 
 from xvlm import hub
 from xvlm.config import Configured
-from xvlm.models import convert, resize
+from xvlm.models import convert, resize, schema
+from xvlm.models.decoder import Captioner
 from xvlm.models.vision import VisionConfig
 from xvlm.models.xvlm import XVLM, XVLMConfig, load_strictly, part_of
 
@@ -20,8 +21,9 @@ BERTS = ("bert", "roberta", "xlm-roberta", "camembert")
 class InitConfig(Configured):
     """Places as :func:`xvlm.hub.locate` understands them; what none names starts from random values."""
 
-    # A whole model: a folder of ours or a hub name. What it has and the configuration does not ask for is left out;
-    # heads that it lacks start fresh, and a second look starts as a copy of the first (X-VLM's ``load_pretrained``).
+    # A whole model: a folder of ours or a hub name, also a captioner's. What it has and the configuration does not ask
+    # for is left out; heads that it lacks start fresh, and a second look starts as a copy of the first (X-VLM's
+    # ``load_pretrained``).
     # Where vision.image_size differs, windows may too, and position tables are resized.
     model: str | None = None
     fresh: tuple[str, ...] = ()  # parts that init.model lacks though its configuration has them: towers alone
@@ -67,8 +69,20 @@ def initial_model(config: XVLMConfig, init: InitConfig) -> tuple[XVLM, list[str]
     return model, [name for name, _ in model.named_parameters() if name not in loaded] if loaded else []
 
 
+def pretrained_model(name: str, fresh: tuple[str, ...] = ()) -> XVLM:
+    """The weights that ``init.model`` names; a captioner's as those of a model whose one head guesses words."""
+    place = hub.locate(name)
+    if place.is_file() or schema.kind(place) != "Captioner":
+        return XVLM.from_pretrained(name, fresh=fresh)
+    captioner = Captioner.from_pretrained(name)
+    config = XVLMConfig(vision=captioner.config.vision, text=captioner.config.text, heads=("word_head",))
+    model = XVLM(config)
+    load_strictly(model, convert.from_captions(captioner.state_dict()), name)
+    return model
+
+
 def _for_task(config: XVLMConfig, name: str, fresh: tuple[str, ...]) -> tuple[XVLM, list[str]]:
-    pretrained = XVLM.from_pretrained(name, fresh=fresh)
+    pretrained = pretrained_model(name, fresh)
     theirs = pretrained.config
     looks = config.text.looks if theirs.text.looks == 1 else theirs.text.looks
     text, vision = theirs.text.model_copy(update={"looks": looks}), _at_size_of(config.vision, theirs.vision)

@@ -1,26 +1,43 @@
 """Captioning: write what is in an image, or in a region of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from xvlm import losses
+from xvlm import distributed, losses
 from xvlm.config import Configured
 from xvlm.data.pretrain import Said, Stream, StreamConfig
 from xvlm.data.processor import Processor
 from xvlm.data.records import Record
+from xvlm.data.shards import Shards
 from xvlm.metrics import captions as metrics
 from xvlm.models.decoder import Captioner, Writing, next_words
-from xvlm.models.generation import GenerationConfig, Written, generate
-from xvlm.types import Batch, Concepts, Regions
+from xvlm.models.generation import GenerationConfig, Written, draw, generate
+from xvlm.types import Batch, Concepts, Regions, Texts
 
 HEADS = ("word_head",)  # of the pre-trained model that a captioner starts from
+
+
+class SelfCriticalConfig(Configured):
+    """Learning from the score of what is written (Rennie et al. 2017, arXiv 1612.00563); the defaults are X-VLM's."""
+
+    samples: Annotated[int, Field(ge=1)] = 5  # captions that are drawn for each image
+    # What a drawn caption has to be better than: the most likely one, or the image's other drawn ones on average.
+    baseline: Literal["greedy", "samples"] = "greedy"
+    max_tokens: int = 20  # of what is drawn, prompt included
+
+    @model_validator(mode="after")
+    def others_are_there(self) -> "SelfCriticalConfig":
+        if self.baseline == "samples" and self.samples == 1:
+            raise ValueError("baseline 'samples' compares the samples of an image; there is 1")
+        return self
 
 
 class CaptioningConfig(Configured):
@@ -31,11 +48,14 @@ class CaptioningConfig(Configured):
     prompt_tokens: Annotated[int, Field(ge=1)] = 4  # of the prompt, [CLS] included: these are given and not learned
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     generation: GenerationConfig = GenerationConfig()
+    self_critical: SelfCriticalConfig | None = None  # instead of the next words' loss
     java: bool = False  # METEOR and SPICE as well, which run Java
 
 
 class Task(nn.Module):
     """Next words of captions (X-VLM, reference ``models/model_captioning.py``); texts are ``[CLS] prompt … [SEP]``."""
+
+    reward: "Reward | None" = None  # what self-critical training needs, see :func:`prepare`
 
     def __init__(self, config: CaptioningConfig, model: Captioner):
         super().__init__()
@@ -43,7 +63,9 @@ class Task(nn.Module):
         self.model = model
 
     def forward(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
-        """Losses by name, ``<stream>/caption``."""
+        """Losses by name, ``<stream>/caption``; of self-critical training, ``<stream>/self_critical``."""
+        if self.config.self_critical is not None:
+            return {f"{stream}/self_critical": self.self_critical_loss(batch) for stream, batch in batches.items()}
         return {f"{stream}/caption": self.loss(batch) for stream, batch in batches.items()}
 
     def loss(self, batch: Batch) -> Tensor:
@@ -51,6 +73,46 @@ class Task(nn.Module):
         only, words = next_words(batch.texts, self.config.prompt_tokens)
         logits = self.model.decoder(batch.texts, *self.look(batch), only=only)
         return losses.captions(logits, words, self.config.label_smoothing)
+
+    def self_critical_loss(self, batch: Batch) -> Tensor:
+        """- mean of (reward - baseline) * log-probability, over the captions drawn on all processes.
+
+        The reward is CIDEr-D against the batch's own texts, several of each image; the log-probability a mean over the
+        drawn words, the end among them. What is drawn for an image follows from its place in the run, so that a batch
+        has the same gradient however it is spread over processes.
+        """
+        config, reward, count = self.config.self_critical, self.reward, len(batch.images)
+        if reward is None:
+            raise RuntimeError("self-critical training needs rewards: call captioning.prepare first")
+        rows = torch.arange(count, device=batch.images.device).repeat_interleave(config.samples)
+        prompt = batch.texts.ids[:1, : self.config.prompt_tokens]
+        writing = Writing(self.model.decoder, self.model.vision(batch.images), rows)
+        uniform = _uniform(batch.places, config.samples, config.max_tokens - prompt.shape[1]).to(rows.device)
+        drawn = draw(writing, prompt.repeat(len(rows), 1), reward.end, config.max_tokens, uniform)
+        known = [[] for _ in range(count)]
+        for image, words in zip(batch.regions.image.tolist(), reward.each(batch.texts), strict=True):
+            known[image].append(words)
+        found = reward(drawn.texts, [known[row] for row in rows.tolist()]).view(count, config.samples)
+        if config.baseline == "greedy":
+            baseline = reward(self._most_likely(batch, prompt), known)[:, None]
+        else:
+            baseline = (found.sum(1, keepdim=True) - found) / (config.samples - 1)
+        words = drawn.texts.mask[:, prompt.shape[1] :].sum(1)
+        gain = (found - baseline).flatten().to(drawn.log_p.device)
+        share = distributed.share_of_mean(torch.tensor(float(len(rows)), device=rows.device))
+        return -(gain * drawn.log_p.sum(1) / words).sum() * share
+
+    @torch.no_grad()
+    def _most_likely(self, batch: Batch, prompt: Int[Tensor, "1 word"]) -> Texts:
+        """What the model would write of each image, without dropout."""
+        was_training = self.training
+        self.eval()
+        images = torch.arange(len(batch.images), device=batch.images.device)
+        writing = Writing(self.model.decoder, self.model.vision(batch.images), images)
+        greedy = GenerationConfig(beams=1, max_tokens=self.config.self_critical.max_tokens, min_tokens=0)
+        written = generate(writing, prompt.repeat(len(images), 1), self.reward.end, greedy)
+        self.train(was_training)
+        return written.texts
 
     def look(self, batch: Batch) -> tuple[Concepts, Int[Tensor, "region"]]:
         """The concepts of a batch, and which of them each of its regions is."""
@@ -75,7 +137,52 @@ class Task(nn.Module):
         return generate(Writing(self.model.decoder, concepts, rows), prompts, end, self.config.generation)
 
 
+def _uniform(places: Int[Tensor, "image"], samples: int, words: int) -> Float[Tensor, "text word"]:
+    """Numbers between 0 and 1 for the texts drawn for images, those of an image from its place in the run."""
+
+    def of_an_image(place: int) -> Tensor:
+        generator = torch.Generator().manual_seed(Random(f"draw {place}").getrandbits(63))
+        return torch.rand(samples, words, generator=generator)
+
+    return torch.cat([of_an_image(place) for place in places.tolist()])
+
+
 # Training: captions after the prompt.
+
+
+class Reward:
+    """CIDEr-D of texts as ids; how rare a run of words is, is counted in the training captions.
+
+    The end is a word like any other, which a text that was cut off lacks: else one could stop anywhere.
+    """
+
+    def __init__(self, processor: Processor, prompt: str, captions: Iterable[Sequence[str]]):
+        self.tokenizer, self.end = processor.tokenizer, processor.tokenizer.sep_token_id
+        self.given = len(start_of(processor, prompt))
+        read = (
+            [self.words(processor.encode(f"{prompt} {text}")[0]) for text in several if processor.has_words(text)]
+            for several in captions
+        )
+        self.documents = metrics.Documents.of(several for several in read if several)
+
+    def words(self, ids: Sequence[int]) -> list[str]:
+        """The words of a text without padding, after its prompt."""
+        text = self.tokenizer.decode(ids[self.given :], skip_special_tokens=True)
+        return metrics.words(text) + [self.tokenizer.sep_token] * (ids[-1] == self.end)
+
+    def __call__(self, written: Texts, known: Sequence[Sequence[list[str]]]) -> Float[Tensor, "text"]:
+        return torch.tensor(metrics.cider_d(self.each(written), known, documents=self.documents))
+
+    def each(self, texts: Texts) -> list[list[str]]:
+        """The words of each text."""
+        return [self.words(ids[mask].tolist()) for ids, mask in zip(texts.ids, texts.mask, strict=True)]
+
+
+def prepare(task: Task, processor: Processor, folders: Iterable[Path]) -> None:
+    """Give self-critical training its rewards, out of the records it learns from; nothing for other training."""
+    if task.config.self_critical is not None:
+        records = (shards.read(i)[0] for shards in map(Shards, folders) for i in range(len(shards)))
+        task.reward = Reward(processor, task.config.prompt, (record.captions for record in records))
 
 
 class Captions(Stream):

@@ -67,7 +67,9 @@ class File(BaseModel):
     categories: list[Category] = []
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order in which the file lists the images.
 
     An annotation with a box and a caption becomes a region, with a box and a category an object (its ``attributes``, if
@@ -76,6 +78,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
+        file: of the annotations, where it has another name; None: the one of this split in the folder.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -85,17 +88,17 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     """
     part = part_of(folder, split)
     names = (f"{split}.json", f"*_{split}.json")
-    path = only(folder, *names, *(f"annotations/{name}" for name in names), f"{split}/_annotations.coco.json")
+    path = file or only(folder, *names, *(f"annotations/{name}" for name in names), f"{split}/_annotations.coco.json")
     if path is None:
         raise FileNotFoundError(
             f"{folder}: neither {split}.json nor *_{split}.json, in it or in annotations/ of it, nor "
             f"{split}/_annotations.coco.json"
         )
-    file = load(File, path)
-    labels = {category.id: category.name for category in file.categories}
-    known = {picture.id for picture in file.images}
+    listed = load(File, path)
+    labels = {category.id: category.name for category in listed.categories}
+    known = {picture.id for picture in listed.images}
     said: dict[Id, list[tuple[str, Annotation]]] = defaultdict(list)
-    for i, annotation in enumerate(file.annotations):
+    for i, annotation in enumerate(listed.annotations):
         with entry():
             where = f"{path}: annotations.{i}"
             if annotation.image_id not in known:
@@ -110,7 +113,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
             said[annotation.image_id].append((where, annotation))
     source = folder.resolve().name
     with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
-        for picture in file.images:
+        for picture in listed.images:
             with entry():
                 found = images.find(f"{path.name} lists it", picture.file_name)
                 if found is None:

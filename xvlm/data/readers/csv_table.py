@@ -48,7 +48,9 @@ TEXTS = ("text", "label", "caption")
 Row = dict[str, str]
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per image, with all that its rows say.
 
     ``text`` with a box becomes a region, ``label`` an object, the rest captions (the same caption again is left out).
@@ -57,6 +59,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
+        file: of the annotations, where it has another name; None: the one of this split in the folder.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -65,7 +68,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
             not in the image; names the file, the line and the column.
     """
     part = part_of(folder, split)
-    path = folder / f"{split}.csv"
+    path = file or folder / f"{split}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table")
     columns, rows_of = _table(path)

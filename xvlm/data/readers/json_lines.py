@@ -68,7 +68,9 @@ class Line(BaseModel):
     expressions: list[Thing] = []
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of the lines.
 
     Nothing is mended: a box that leaves the image is an error, as is a field that records do not have.
@@ -76,6 +78,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
+        file: of the annotations, where it has another name; None: the one of this split in the folder.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -83,7 +86,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         ValueError: a line that is no record; names the file, the line, the field and what was found.
     """
     part = part_of(folder, split)
-    path = folder / f"{split}.jsonl"
+    path = file or folder / f"{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     source = folder.resolve().name
