@@ -225,7 +225,6 @@ def test_json_lines_are_records_with_either_box(tmp_path):
             {"image": "a.jpg", "objects": [{"box_xywh": [99, 0, 9, 9], "label": "a"}]},
             r"objects\.0: box \(99, 0, 108, 9\)",
         ),
-        ({"image": "http://x/a.jpg"}, r"http://x/a\.jpg: a URL, but .*train\.jsonl line 1 lists it; download"),
     ],
 )
 def test_json_lines_that_are_wrong(tmp_path, row, message):
@@ -233,7 +232,7 @@ def test_json_lines_that_are_wrong(tmp_path, row, message):
         lines(tmp_path, row)
 
 
-words = st.sampled_from(["", " ", "a", "größer", "../x", "http://x/a.jpg", "\0", "QUJD", "." * 300])
+words = st.sampled_from(["", " ", "a", "größer", "../x", "http://[x/a.jpg", "\0", "QUJD", "." * 300])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 2**70) | st.floats() | words,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["box_xywh", "label", "text"]), inner),

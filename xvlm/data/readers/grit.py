@@ -65,17 +65,17 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     with Photographs(folder, ".", allow_missing=allow_missing) as images:
         for path in entries:
             with entry():
-                entry = _entry(str(path), path.read_bytes())
+                described = _entry(str(path), path.read_bytes())
                 name = str(path.relative_to(folder).with_suffix(".jpg"))
                 if (found := images.find(f"{path.name} describes it", name)) is not None:
-                    yield _record(str(path), entry, found), found.image
+                    yield _record(str(path), described, found), found.image
         for path in archives:
             for where, document, image in _members(path):
                 with entry():
-                    entry = _entry(where, document)
-                    name = f"{entry.key}.jpg"
+                    described = _entry(where, document)
+                    name = f"{described.key}.jpg"
                     if (found := images.take(f"{path.name} describes it", name, path / name, image)) is not None:
-                        yield _record(where, entry, found), found.image
+                        yield _record(where, described, found), found.image
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes, bytes | None]]:
