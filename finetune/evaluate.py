@@ -9,7 +9,7 @@ folder. With ``predictions=FILE`` it scores predictions that were written before
 import json
 from pathlib import Path
 
-from runs import FinetuneRun, ask, judge, load, read_rows, shards_of, table, weights, write_rows
+from runs import FinetuneRun, ask, facts, judge, load, read_rows, shards_of, table, weights, write_rows
 
 from xvlm import distributed, hub, probe, train
 from xvlm.config import ConfigError, load_config
@@ -39,12 +39,13 @@ def main(arguments: list[str]) -> None:
     if "model" not in given and not name.exists():
         raise ConfigError(f"{name}: no weights there; train first, or say model=FOLDER")
     task, processor = load(config, name)
-    rows = ask(config, split, task.to(accelerator.device), processor)
+    folder = hub.locate(name)
+    rows = ask(config, split, task.to(accelerator.device), processor, folder)
     if distributed.world().rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
         write_rows(config.out / f"predictions-{split}.jsonl", rows)
         submit(config, rows, given)
-        result = judge(config, split, rows, weights=weights(name))
+        result = judge(config, split, rows, weights=weights(name), **facts(config, task, folder))
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
         show(result)
 
@@ -56,7 +57,13 @@ def submit(config: FinetuneRun, rows: list, given: dict[str, str]) -> None:
 
 def show(result: dict) -> None:
     print(probe.as_text(table(result)))
-    print({key: result[key] for key in ("data", "weights", "predictions", "commit") if key in result})
+    print(
+        {
+            key: result[key]
+            for key in ("data", "weights", "proposals", "layer", "presence", "predictions", "commit")
+            if key in result
+        }
+    )
 
 
 if __name__ == "__main__":

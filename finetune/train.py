@@ -10,7 +10,7 @@ import time
 from functools import partial
 
 import torch
-from runs import FinetuneRun, ask, build, judge, table, weights, write_rows
+from runs import FinetuneRun, ask, build, calibrate, facts, judge, table, weights, write_rows
 
 from xvlm import distributed, hub, probe, report, runlog, train, viz
 from xvlm.data import scenes
@@ -51,9 +51,13 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     streams = {"train": open_stream}
     train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh, validation=validation)
     keep(task.model, processor, config.out / "model")
-    answered = {split: ask(config, split, task, processor) for split in config.evaluation.splits}
+    if world.rank == 0:
+        calibrate(config, task, processor, config.out / "model")
+    distributed.gather_objects(None)  # the others read what the first stored
+    answered = {split: ask(config, split, task, processor, config.out / "model") for split in config.evaluation.splits}
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
+        about |= facts(config, task, config.out / "model")
         write(config, before, answered, about)
 
 
@@ -104,7 +108,13 @@ def dry(config: FinetuneRun) -> FinetuneRun:
         "image_size": size,
         "trunk_options": {},
         "stream": config.stream.model_copy(update=images),
-        "evaluation": config.evaluation.model_copy(update={"splits": {"dry": out / "shards/test"}}),
+        "evaluation": config.evaluation.model_copy(
+            update={
+                "splits": {"dry": out / "shards/test"},
+                "proposals": "objects",
+                "calibrate": config.evaluation.calibrate and "dry",
+            }
+        ),
         "train": config.train.model_copy(update={"steps": 2, "save_every": 1, "log_every": 1}),
     }
     return config.model_copy(update=changes)

@@ -182,6 +182,7 @@ def test_inference_and_training_mode_are_refused():
         heat_maps(model, texts, concepts, about, 1)
     with pytest.raises(RuntimeError, match="evaluation mode"):
         heat_maps(model.train(), texts, concepts, about, 1)
+    assert GradCAM(GradCAMConfig(), model).layer == 1  # of two, the upper; of six, the fourth
     with pytest.raises(ValueError, match=r"gradcam\.layer is 2, but the cross encoder has 2 layers"):
         GradCAM(GradCAMConfig(layer=2), model)
 
@@ -205,3 +206,4 @@ def test_it_answers_with_proposals_best_first_or_with_its_own_box(monkeypatch):
     assert second.boxes_xyxy.tolist() == [[0.5, 0.25, 0.75, 0.5]]
     assert torch.equal(first.heat, heat[0])
     assert method.ground(texts, method.encode(images), about)[0].boxes_xyxy.shape == (1, 4)
+

@@ -47,7 +47,8 @@ def ground(
     out: Annotated[Path, typer.Option(help="Where the drawn picture goes.")] = Path("grounded.png"),
     method: Annotated[str, typer.Option(help="box: the box head; gradcam: where the matching head looks.")] = "box",
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Of gradcam: which cross layer. Default: the middle.")
+        int | None,
+        typer.Option(min=0, help="Of gradcam: which cross layer. Default: what xvlm layers stored, else the middle."),
     ] = None,
 ) -> None:
     """Find phrases in a picture: prints a box each (left top right bottom, pixels) and draws them."""
@@ -60,7 +61,7 @@ def ground(
     from xvlm.models.xvlm import XVLM
     from xvlm.presence import Presence, WithPresence
     from xvlm.tasks import grounding, pretraining
-    from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig
+    from xvlm.zeroshot.gradcam import BestLayer, GradCAM, GradCAMConfig
 
     if layer is not None and method != "gradcam":
         raise ValueError("--layer is for --method gradcam")
@@ -69,8 +70,8 @@ def ground(
     weights, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
     _check_together(processor, weights.config)
     if method == "gradcam":
-        middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
-        way = GradCAM(GradCAMConfig(layer=middle if layer is None else layer), weights)
+        best = BestLayer.from_pretrained(folder) if layer is None else BestLayer(layer=layer)
+        way = GradCAM(GradCAMConfig(layer=best and best.layer), weights)
     elif method != "box":
         raise ValueError(f"--method {method}: expected box or gradcam")
     elif "box_head" not in weights.config.heads:
@@ -124,7 +125,47 @@ def calibrate(
     found.save_pretrained(model)
     for name, value in presence.numbers(found, *held_out).items():
         typer.echo(f"{name}: {value:.3f}")
-    typer.echo(f"{model / presence.FILE}: threshold {found.threshold:.3f}, on {len(held_out[1])} phrases")
+    typer.echo(f"{model / found.FILE}: threshold {found.threshold:.3f}, on {len(held_out[1])} phrases")
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Argument(help="Folder, shipped name or hub name.")],
+    shards: Annotated[Path, typer.Argument(help="Held-out shards with phrases that have boxes.")],
+    proposals: Annotated[str, typer.Option(help="Boxes to choose among: objects, none, or a file.")] = "objects",
+    limit: Annotated[int, typer.Option(min=1, help="Records at most.")] = 1000,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="A box is worth its heat over area ** alpha.")] = 0.5,
+    pool: Annotated[str, typer.Option(help="How heat in a box is summed: cells or pixels.")] = "cells",
+    store: Annotated[bool, typer.Option(help="Keep the best layer with the weights.")] = False,
+) -> None:
+    """Ground by Grad-CAM at every cross layer: which one finds most?"""
+    from xvlm import evaluate, probe, report
+    from xvlm.data.processor import Processor
+    from xvlm.data.proposals import reader
+    from xvlm.data.shards import Shards
+    from xvlm.models.xvlm import XVLM
+    from xvlm.zeroshot.gradcam import BestLayer, GradCAM, GradCAMConfig
+
+    propose = reader(proposals if proposals in ("objects", "none") else Path(proposals))
+    folder = hub.locate(model)
+    weights, processor, packed = XVLM.from_pretrained(folder), Processor.from_pretrained(folder), Shards(shards)
+    found = []
+    for layer in range(len(weights.cross.layers)):
+        asked = {"layer": layer, "alpha": alpha, "pool": pool}
+        method = GradCAM(validate(GradCAMConfig, asked, "xvlm layers"), weights)
+        answers = evaluate.grounding(method, processor, packed, range(min(limit, len(packed))), proposals=propose)
+        found.append(evaluate.referring_numbers(answers))
+    measures = ("acc@0.5", "pointing_game", "energy_in_box")
+    best = max(range(len(found)), key=lambda layer: found[layer]["acc@0.5"])
+    rows = [
+        [f"{layer}{' *' if layer == best else ''}", *(f"{numbers[name]:.3f}" for name in measures)]
+        for layer, numbers in enumerate(found)
+    ]
+    title = f"{len(answers)} phrases of {shards}, proposals: {proposals}"
+    typer.echo(probe.as_text(report.Table(title, ["layer", *measures], rows)))
+    if store:
+        BestLayer(layer=best).save_pretrained(folder)
+        typer.echo(f"{folder / BestLayer.FILE}: layer {best}")
 
 
 @app.command()
