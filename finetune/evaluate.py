@@ -1,15 +1,16 @@
 """Evaluate a task: ``accelerate launch finetune/evaluate.py CONFIG [split=test] [model=FOLDER] [key=value …]``.
 
 Asks the weights that ``finetune/train.py CONFIG`` left, or those of ``model``, every example of a split once, whatever
-the number of processes; prints a table and writes ``predictions-SPLIT.jsonl`` and ``results-SPLIT.json`` to the run
-folder. With ``predictions=FILE`` it scores predictions that were written before; no model is needed. With
-``submission=FILE`` it also writes what the benchmark's server takes.
+the number of processes; prints tables and writes ``predictions-SPLIT.jsonl``, ``results-SPLIT.json`` and
+a new ``report.html`` to the run folder. With ``predictions=FILE`` it scores predictions that were written before; no
+model is needed. With ``submission=FILE`` it also writes what the benchmark's server takes.
 """
 
 import json
 from pathlib import Path
 
-from runs import FinetuneRun, ask, facts, judge, load, read_rows, shards_of, table, weights, write_rows
+from pages import page
+from runs import FinetuneRun, ask, facts, judge, load, read_rows, shards_of, tables, weights, write_rows
 
 from xvlm import distributed, hub, probe, train
 from xvlm.config import ConfigError, load_config
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> None:
         result = judge(config, split, rows, weights=weights(name), **facts(config, task, folder))
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
         show(result)
+        print(page(config))
 
 
 def submit(config: FinetuneRun, rows: list, given: dict[str, str]) -> None:
@@ -56,14 +58,10 @@ def submit(config: FinetuneRun, rows: list, given: dict[str, str]) -> None:
 
 
 def show(result: dict) -> None:
-    print(probe.as_text(table(result)))
-    print(
-        {
-            key: result[key]
-            for key in ("data", "weights", "proposals", "layer", "presence", "predictions", "commit")
-            if key in result
-        }
-    )
+    for table in tables(result):
+        print(f"{probe.as_text(table)}\n")
+    made_with = ("data", "weights", "layer", "proposals", "presence", "predictions", "commit")
+    print({key: result[key] for key in made_with if key in result})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from torch import nn
+from views import CAPTIONING, GROUNDING, NLVR, RETRIEVAL, VQA, View
 
 from xvlm import evaluate, hub
 from xvlm.data import proposals
@@ -55,6 +56,7 @@ class Recipe:
     numbers: Callable[[Any, Sequence[Any]], Numbers]  # of the task's configuration and rows
     chance: Callable[[Sequence[Any], Shards], Numbers]  # of an answer that needs no model
     protocol: str  # what the numbers are
+    view: View | None = None  # how a report looks at the rows; none: it does not
     stream: Callable[..., Stream] = texts_about_images
     model: type[Pretrained] = XVLM
     start: Callable[[Any, XVLM, list[str]], tuple[nn.Module, list[str]]] = as_it_is
@@ -188,6 +190,7 @@ RECIPES = {
         chance=lambda rows, shards: evaluate.retrieval_chance(rows),
         protocol="R@k: share of queries with a right answer among the first k. The top_k most similar candidates of a "
         "query are re-ranked by the matching head, others are not found; ties count half. Chance: a random order.",
+        view=RETRIEVAL,
     ),
     "grounding": Recipe(
         task=grounding.Task,
@@ -204,6 +207,7 @@ RECIPES = {
         "f1_precision the share of all phrases answered with no box or the only one, as is right, by IoU (and by "
         "generalised IoU, as in gRefCOCO's script), several the share that name more than one thing; "
         "calibration_error is the ECE of presence in 15 bins. Without a presence every box is an answer.",
+        view=GROUNDING,
         more_heads=lambda task: ("itm_head",) if task.itm else (),
         facts=facts_of_presence,
     ),
@@ -219,6 +223,7 @@ RECIPES = {
         "heat over area ** alpha; where nothing is proposed, of the box around the heat. pointing_game: the hottest "
         "cell's middle is in the true box; energy_in_box: the share of heat in it. Chance: any of the proposals, "
         "without proposals the whole image.",
+        view=GROUNDING,
         facts=facts_of_heat,
     ),
     "vqa": Recipe(
@@ -231,6 +236,7 @@ RECIPES = {
         chance=lambda rows, shards: vqa.numbers(vqa.commonest(rows)),
         protocol="VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving each annotator out, after the "
         "server's normalisation; by kind of question too. Chance: the commonest answer of this split to each kind.",
+        view=VQA,
         stream=lambda task, config, processor, **place: vqa.Questions(config, processor, None, **place),
         model=Answerer,
         start=lambda task, pretrained, fresh: vqa.starting_model(task, pretrained),
@@ -247,6 +253,7 @@ RECIPES = {
         protocol="CIDEr is CIDEr-D, document frequencies from this split's references; BLEU-n of the whole split "
         "against the nearest length; ROUGE-L with beta 1.2; own implementations and tokenizer. Chance: what people "
         "wrote of another image.",
+        view=CAPTIONING,
         stream=captioning.Captions,
         model=Captioner,
         start=lambda task, pretrained, fresh: (Captioner.of(pretrained), []),
@@ -262,6 +269,7 @@ RECIPES = {
         chance=lambda rows, shards: nlvr.numbers(nlvr.commonest(rows)),
         protocol="accuracy over statements; consistency: share of texts judged right of every pair of images they are "
         "said about. Chance: all as most of them are.",
+        view=NLVR,
         stream=lambda task, config, processor, **place: nlvr.Pairs(config, processor, None, **place),
         looks=2,
     ),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from recipes import RECIPES, Recipe, TaskConfig
 from torch import nn
+from views import by_slice
 
 from xvlm import hub, presence, probe, report
 from xvlm.config import ConfigError, Configured
@@ -17,12 +18,15 @@ from xvlm.data import pretrain
 from xvlm.data.processor import Processor
 from xvlm.data.proposals import Source
 from xvlm.data.shards import Shards
-from xvlm.evaluate import Numbers
 from xvlm.models.init import InitConfig, initial_model
 from xvlm.models.xvlm import XVLM
 from xvlm.run import RunConfig
 
 Count = Annotated[int, Field(ge=1)]
+SLICES = (
+    "words: by the words of the text (xvlm/metrics/slices.py), of a caption's references if any says so. tag, kind: as "
+    "the data says. object: by the true box, as above. An example may be in several slices."
+)
 
 
 class EvaluationConfig(Configured):
@@ -170,6 +174,7 @@ def facts(config: FinetuneRun, task: nn.Module, weights: Path) -> dict[str, Any]
 
 def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any) -> dict[str, Any]:
     """The numbers of a split with all that they depend on."""
+    view = config.recipe.view
     return {
         "task": config.task.name,
         "split": split,
@@ -181,6 +186,7 @@ def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any
         "examples": len(rows),
         "numbers": config.recipe.numbers(config.task, rows),
         "chance": config.recipe.chance(rows, shards_of(config, split)),
+        "slices": by_slice(view, rows) if view else {},
     }
 
 
@@ -189,8 +195,9 @@ def weights(name: Path | str) -> dict[str, str]:
     return {"folder": str(name), "sha256": hub.digest(hub.locate(name))}
 
 
-def table(result: dict[str, Any], before: Numbers | None = None) -> report.Table:
-    """The numbers of :func:`judge` as a table; ``before``: of the model as it started."""
+def tables(result: dict[str, Any]) -> list[report.Table]:
+    """The numbers of :func:`judge` (``untrained``: those of the model as it started), and those of its slices."""
+    before = result.get("untrained")
     columns = {"trained" if before else "measured": result["numbers"], "untrained": before, "chance": result["chance"]}
     shown = {name: column for name, column in columns.items() if column}
     rows = [
@@ -198,4 +205,13 @@ def table(result: dict[str, Any], before: Numbers | None = None) -> report.Table
         for name in result["numbers"]
     ]
     title = f"{result['task']}, {result['split']}: {result['examples']} examples"
-    return report.Table(title, ["", *shown], rows, result["protocol"])
+    made = [report.Table(title, ["", *shown], rows, result["protocol"])]
+    if result.get("slices"):
+        heads = list(result["slices"]["all"])
+        rows = [[name, *(_cell(numbers[head]) for head in heads)] for name, numbers in result["slices"].items()]
+        made.append(report.Table(f"{result['task']}, {result['split']}: slices", ["", *heads], rows, SLICES))
+    return made
+
+
+def _cell(value: float) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

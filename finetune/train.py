@@ -10,9 +10,10 @@ import time
 from functools import partial
 
 import torch
-from runs import FinetuneRun, ask, build, calibrate, facts, judge, table, weights, write_rows
+from pages import page
+from runs import FinetuneRun, ask, build, calibrate, facts, judge, tables, weights, write_rows
 
-from xvlm import distributed, hub, probe, report, runlog, train, viz
+from xvlm import distributed, hub, probe, runlog, train
 from xvlm.data import scenes
 from xvlm.data.pack import CorpusConfig
 from xvlm.data.processor import Processor
@@ -81,17 +82,13 @@ def measured(config: FinetuneRun, task: torch.nn.Module, processor: Processor) -
 
 def write(config: FinetuneRun, before: dict[str, Numbers], answered: dict[str, list], about: dict) -> None:
     """``predictions-SPLIT.jsonl``, ``results-SPLIT.json`` and ``report.html``; prints the tables."""
-    tables = []
     for split, rows in answered.items():
         write_rows(config.out / f"predictions-{split}.jsonl", rows)
         result = judge(config, split, rows, weights=weights(config.out / "model"), untrained=before.get(split), **about)
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
-        tables.append(table(result, before.get(split)))
-        print(f"\n{probe.as_text(tables[-1])}")
-    log = runlog.read_log(config.out)
-    curves = viz.curves(log, sorted({key for line in log for key in line if "/" in key}))
-    page = report.write_report(config.out, title=config.title, tables=tables, curves=curves, facts=about)
-    print(f"\n{page}")
+        for table in tables(result):
+            print(f"\n{probe.as_text(table)}")
+    print(f"\n{page(config)}")
 
 
 def dry(config: FinetuneRun) -> FinetuneRun:

@@ -152,6 +152,15 @@ def test_ground_by_gradcam_shows_the_heat_of_each_phrase(folder, picture, tmp_pa
     assert "--layer is for --method gradcam" in error_of(monkeypatch, "ground", picture, "a", "--layer", "1")
 
 
+def test_ground_draws_where_the_model_looks_for_each_word(folder, picture, tmp_path):
+    drawn = tmp_path / "drawn.png"
+    *_, first, second = lines_of("ground", picture, "a red disc", "star", "--words", "--model", folder, "--out", drawn)
+    assert (first, second) == (str(drawn), str(tmp_path / "drawn-words.png"))
+    strip = Image.open(second)
+    assert strip.width == 5 * 220 + 6 * 12  # the picture, [CLS] and three words
+    assert strip.height > 2 * 220
+
+
 def test_ground_asks_the_heads_there_are(folder, picture, tmp_path, monkeypatch):
     arguments = ["ground", picture, "a disc", "--out", tmp_path / "drawn.png", "--model"]
     config = XVLM.from_pretrained(folder).config

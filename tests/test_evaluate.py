@@ -1,10 +1,15 @@
 """Evaluation protocols against brute force, on a few scenes and an untrained model."""
 
+import json
 import math
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from xvlm import boxes, evaluate, metrics, probe
 from xvlm.data import scenes
@@ -19,10 +24,14 @@ def world(tmp_path_factory):
     """A model, its processor, and shards of eight scenes."""
     folder = tmp_path_factory.mktemp("shards") / "test"
     write_shards(scenes.samples(scenes.SceneConfig(size=32), "test", 8), folder, progress=False)
+    return *small_world(), Shards(folder)
+
+
+def small_world():
     words = scenes.vocabulary()
     text = tiny.TEXT.model_copy(update={"vocab_size": len(words), "max_positions": 40})
     model = tiny.model(tiny.CONFIG.model_copy(update={"text": text}))
-    return model, Processor.from_vocabulary(words, ProcessorConfig(image_size=32)), Shards(folder)
+    return model, Processor.from_vocabulary(words, ProcessorConfig(image_size=32))
 
 
 def test_retrieval_scores_are_the_matching_logits(world):
@@ -115,6 +124,38 @@ def test_referring_numbers_by_threshold_size_and_tag():
     assert evaluate.referring_numbers(answered) == {name: pytest.approx(value) for name, value in expected.items()}
     with pytest.raises(ValueError, match="no phrase with a box"):
         evaluate.referring_numbers([])
+
+
+def share(rank: int, world: int, folder: str, meet: str) -> None:
+    """One of several processes asks a model for boxes and ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}/meet", rank=rank, world_size=world)
+    Path(f"{meet}/{rank}.json").write_text(json.dumps([[asdict(row) for row in rows] for rows in ask(Shards(folder))]))
+    dist.destroy_process_group()
+
+
+def ask(shards: Shards) -> list[list]:
+    """Five records, which two processes cannot share evenly."""
+    model, processor = small_world()
+    boxes_found = evaluate.grounding(Task(PretrainingConfig(), model), processor, shards, range(5), batch_size=2)
+    found = evaluate.retrieval(model, processor, shards, range(5), captions=2, top_k=3, batch_size=2)
+    return [boxes_found, found.rows]
+
+
+def test_two_processes_give_the_rows_of_one_each_once_in_the_same_order(world, tmp_path):
+    shards = world[2]
+    mp.spawn(share, args=(2, str(shards.folder), str(tmp_path)), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    boxes_found, ranked = ask(shards)
+    said = [expression.text for i in range(5) for expression in shards.read(i)[0].expressions if expression.box_xyxy]
+    assert [row["text"] for row in first[0]] == said == [row.text for row in boxes_found]
+    for theirs, row in zip(first[0], boxes_found, strict=True):
+        assert theirs["predicted_xyxy"] == pytest.approx(row.predicted_xyxy, abs=1e-4)
+    assert [row["query"] for row in first[1]] == [row.query for row in ranked] and len(ranked) == 5 + 10
+    for theirs, row in zip(first[1], ranked, strict=True):
+        assert (tuple(theirs["right"]), tuple(theirs["candidates"])) == (row.right, row.candidates)
+        assert theirs["scores"] == pytest.approx(row.scores, abs=1e-5)
 
 
 def test_right_answers_score_one(world):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from xvlm import evaluate
-from xvlm.config import ConfigError
+from xvlm.config import ConfigError, load_config
 from xvlm.data import scenes
 from xvlm.data.pretrain import StreamConfig
 from xvlm.data.processor import Processor, ProcessorConfig
@@ -302,6 +303,80 @@ def test_a_run_is_trained_evaluated_and_scored_again(scripts, folder, tmp_path, 
         score.main([*words, f"predictions={kept}"])
     with pytest.raises(ConfigError, match=r"evaluation\.splits has no 'val'; it has test"):
         score.main([*words, "split=val"])
+    page = (out / "report.html").read_text()
+    assert {"all", "words: attribute"} <= trained["slices"].keys() and trained["slices"] == again["slices"]
+    assert "test: the best" in page and "words: attribute" in page and page.count("data:image/jpeg") > 12
+    (out / "report.html").unlink()
+    pages = sys.modules["pages"]
+    pages.main([str(out)])
+    assert (out / "report.html").read_text() == page
+    capsys.readouterr()
+    pages.main([str(out), str(out), f"out={tmp_path / 'both'}"])
+    printed = capsys.readouterr().out
+    assert f"{trained['numbers']['accuracy']:.3f}" in printed and (tmp_path / "both/report.html").exists()
+    with pytest.raises(FileNotFoundError, match=r"no results-\*\.json"):
+        pages.main([str(tmp_path)])
+
+
+@pytest.fixture
+def rows(folder):
+    """Some answers of each task about the eight scenes, right and wrong."""
+    records = [Shards(folder).read(i)[0] for i in range(8)]
+    where, pictures = (0.0, 0.0, 16.0, 16.0), [record.id for record in records]
+    said = [(i, each) for i, record in enumerate(records) for each in record.expressions if each.box_xyxy]
+    phrases = [
+        evaluate.Query(i, e.text, (e.box_xyxy,), tuple(e.tags), where if n % 2 else e.box_xyxy, None, pictures[i])
+        for n, (i, e) in enumerate(said)
+    ]
+    asked = [(record.id, q) for record in records for q in record.questions]
+    answers = [vqa.Answered(name, q.text, q.id, q.kind, q.answers, "red") for name, q in asked]
+    captions = [captioning.Captioned(r.id, tuple(r.captions), r.captions[n % 2]) for n, r in enumerate(records)]
+    stated = [(record.id, each) for record in records for each in record.statements]
+    truths = [nlvr.Judged(name, s.other, s.text, s.label, 0.3 + 0.1 * (n % 5)) for n, (name, s) in enumerate(stated)]
+    ranks = [evaluate.Ranked("image_to_text", pictures[i], (i,), (0, 1), (2.0, 1.0), 1.0) for i in range(8)]
+    for i, record in enumerate(records):  # every second one is found at once, the others late or not at all
+        candidates = (i, (i + 1) % 8) if i % 2 else (4, 2)
+        ranks.append(evaluate.Ranked("text_to_image", record.captions[0], (i,), candidates, (2.0, 1.5), 1.0))
+    return {"grounding": phrases, "vqa": answers, "captioning": captions, "nlvr": truths, "retrieval": ranks}
+
+
+@pytest.mark.parametrize("task", ["grounding", "vqa", "captioning", "nlvr", "retrieval"])
+def test_written_rows_give_the_same_numbers_and_the_slices_add_up(task, scripts, rows, folder, tmp_path):
+    runs, views = sys.modules["runs"], sys.modules["views"]
+    overrides = [f"out={tmp_path}", f"evaluation.splits.test={folder}"]
+    config = load_config(runs.FinetuneRun, ROOT / f"configs/finetune/{task}_scenes.yaml", overrides)
+    result = runs.judge(config, "test", rows[task])
+    runs.write_rows(tmp_path / "rows.jsonl", rows[task])
+    again = runs.read_rows(config, tmp_path / "rows.jsonl")
+    assert again == rows[task] and runs.judge(config, "test", again) == result
+    assert {"split", "protocol", "settings", "data", "commit"} <= result.keys() and len(result["data"]["sha256"]) == 64
+    headline, slices = config.recipe.view.headline, result["slices"]
+    assert slices["all"][headline] == pytest.approx(result["numbers"][headline])
+    assert len([name for name in slices if name.startswith("words: ")]) > 1
+    assert all(1 <= part["examples"] <= slices["all"]["examples"] for part in slices.values())
+    assert [len(table.columns) for table in runs.tables(result)] == [3, 3]
+    drawn = views.galleries(config.recipe.view, again, Shards(folder), "test", count=2)
+    assert [gallery.title for gallery in drawn] == ["test: the best", "test: the worst", "test: drawn by lot"]
+    assert all(len(gallery.pictures) == 2 for gallery in drawn)
+    scores = {id(each.row): each.score for each in config.recipe.view.examples(again)}
+    best = sorted(scores.values(), reverse=True)
+    captions = {config.recipe.view.draw(row, again, Shards(folder))[1]: scores[id(row)] for row in again
+                if id(row) in scores}  # fmt: skip
+    assert captions[drawn[0].pictures[0][1]] == best[0] > best[-1] == captions[drawn[1].pictures[0][1]]
+
+
+def test_tags_kinds_and_sizes_are_slices(scripts, rows):
+    views = sys.modules["views"]
+    phrases = views.by_slice(views.GROUNDING, rows["grounding"])
+    for tag in ("relation", "seen", "unseen"):
+        tagged = [row for row in rows["grounding"] if tag in row.tags]
+        share = sum(row.iou >= 0.5 for row in tagged) / len(tagged)
+        assert phrases[f"tag: {tag}"] == {"examples": len(tagged), "acc@0.5": pytest.approx(share)}
+    sizes = [part["examples"] for name, part in phrases.items() if name.startswith("object: ")]
+    assert sum(sizes) == len(rows["grounding"])
+    kinds = views.by_slice(views.VQA, rows["vqa"])
+    assert kinds["kind: where"]["examples"] == sum(row.kind == "where" for row in rows["vqa"])
+    assert views.by_slice(views.VQA, [replace(row, given={}) for row in rows["vqa"]]) == {}
 
 
 def test_a_stream_of_another_task_is_refused(scripts):

@@ -5,10 +5,22 @@ import tiny
 import torch
 from einops import rearrange
 
+from xvlm.data import scenes
+from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.grounder import Method
 from xvlm.types import Proposals, Texts
 from xvlm.zeroshot import gradcam
-from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig, box_around, heat_in_cells, heat_in_pixels, heat_maps, score
+from xvlm.zeroshot.gradcam import (
+    GradCAM,
+    GradCAMConfig,
+    box_around,
+    heat_in_cells,
+    heat_in_pixels,
+    heat_maps,
+    score,
+    token_maps,
+    word_maps,
+)
 
 
 def proposals(boxes_xyxy, size=(120, 120), scores=None) -> Proposals:
@@ -152,6 +164,18 @@ def test_nothing_is_left_behind_and_frozen_models_work():
     torch.testing.assert_close(frozen, expected)
 
 
+def test_an_error_on_the_way_leaves_no_map_behind(monkeypatch):
+    model, texts, concepts, about = question()
+
+    def broken(_fused):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "match", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        heat_maps(model, texts, concepts, about, 1)
+    assert all(layer.cross_attention.map is None for layer in model.cross.layers)
+
+
 def test_many_texts_equal_one_at_a_time_and_padding_changes_nothing():
     model, texts, concepts, about = question()
     together, _ = heat_maps(model, texts, concepts, about, 1)
@@ -174,6 +198,42 @@ def test_chosen_words_alone_count_and_all_do_where_none_is_chosen():
     found, _ = heat_maps(model, texts, concepts, about, 1, chosen)
     torch.testing.assert_close(found[0], torch.stack([each[word][0] for word in (0, 1, 2)]).mean(0))
     torch.testing.assert_close(found[1], heat_maps(model, texts, concepts, about, 1)[0][1])
+
+
+def test_each_word_has_the_mean_of_its_tokens_and_their_mean_is_the_phrase():
+    processor = Processor.from_vocabulary(scenes.vocabulary(), ProcessorConfig(image_size=32))
+    text = tiny.TEXT.model_copy(update={"vocab_size": processor.vocab_size, "max_positions": 40})
+    model = tiny.model(tiny.CONFIG.model_copy(update={"text": text}))
+    with torch.no_grad():
+        concepts = model.encode_image(tiny.batch(images=1, per_image=1, whole=True).images)
+    phrase = "the zebra star"  # a word of pieces between two whole ones
+    found = word_maps(model, processor, phrase, concepts, 1)
+    assert [word for word, _ in found] == ["[CLS]", "the", "zebra", "star"]
+    texts, about = processor.texts([phrase]), torch.zeros(1, dtype=torch.long)
+    spans = [slice(0, 1), slice(1, 2), slice(2, 7), slice(7, 8)]
+    assert texts.mask.sum() == 8
+    for span, (_, heat) in zip(spans, found, strict=True):
+        words = torch.zeros_like(texts.mask)
+        words[:, span] = True
+        torch.testing.assert_close(heat, heat_maps(model, texts, concepts, about, 1, words)[0][0])
+    weights = torch.tensor([1.0, 1, 5, 1])
+    mean = (torch.stack([heat for _, heat in found]) * weights[:, None, None]).sum(0) / 8
+    torch.testing.assert_close(heat_maps(model, texts, concepts, about, 1)[0][0], mean)
+
+
+def test_words_that_cleaning_shortens_or_takes_apart_keep_their_own_tokens():
+    """Of "man's T-shirt" cleaning leaves three words; counting those of the written text would be one short."""
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "man", "##s", "t", "sh", "##irt", "red"]
+    processor = Processor.from_vocabulary(lines, ProcessorConfig(image_size=32))
+    model = tiny.model()
+    with torch.no_grad():
+        concepts = model.encode_image(tiny.batch(images=1, per_image=1, whole=True).images)
+    found = dict(word_maps(model, processor, "man's T-shirt, red!", concepts, 1))
+    assert list(found) == ["[CLS]", "mans", "t", "shirt", "red"]
+    texts, about = processor.texts(["mans t shirt red"]), torch.zeros(1, dtype=torch.long)
+    tokens, _ = token_maps(model, texts, concepts, about, 1)
+    for word, span in (("mans", slice(1, 3)), ("t", slice(3, 4)), ("shirt", slice(4, 6)), ("red", slice(6, 7))):
+        torch.testing.assert_close(found[word], tokens[span].mean(0))
 
 
 def test_inference_and_training_mode_are_refused():
@@ -206,4 +266,3 @@ def test_it_answers_with_proposals_best_first_or_with_its_own_box(monkeypatch):
     assert second.boxes_xyxy.tolist() == [[0.5, 0.25, 0.75, 0.5]]
     assert torch.equal(first.heat, heat[0])
     assert method.ground(texts, method.encode(images), about)[0].boxes_xyxy.shape == (1, 4)
-

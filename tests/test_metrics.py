@@ -88,6 +88,44 @@ def test_grounding_accuracy_includes_the_threshold():
     assert metrics.mean_iou(predicted, target) == pytest.approx(1.9 / 3)
 
 
+def test_mean_and_overall_iou_of_the_usual_example():
+    """Overlaps of 1/4 and 90/100: 0.575 per phrase, 91/104 overall."""
+    predicted = torch.tensor([[0.0, 0, 1, 1], [0, 0, 10, 9]])
+    target = torch.tensor([[0.0, 0, 2, 2], [0, 0, 10, 10]])
+    assert metrics.mean_iou(predicted, target) == pytest.approx(0.575)
+    assert metrics.overall_iou(predicted, target) == pytest.approx(91 / 104) == pytest.approx(0.875)
+
+
+def test_a_hit_is_told_by_iou_not_by_giou():
+    """A square of side 10, moved by 1.7 both ways: MDETR's tool, which asks the GIoU, calls it a miss."""
+    target, moved = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[1.7, 1.7, 11.7, 11.7]])
+    assert boxes.iou(moved, target).item() == pytest.approx(0.5254, abs=5e-5)
+    assert boxes.giou(moved, target).item() == pytest.approx(0.4832, abs=5e-5)
+    assert metrics.grounding_accuracy(moved, target) == 1.0
+
+
+def test_the_references_overlap_counts_the_last_pixel_and_decides_alike():
+    """REFER's computeIoU, which X-VLM and ALBEF use: inclusive borders in the intersection, plain areas."""
+
+    def inclusive(a, b):
+        (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
+        left, top = max(ax, bx), max(ay, by)
+        right, bottom = min(ax + aw - 1, bx + bw - 1), min(ay + ah - 1, by + bh - 1)
+        inside = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0
+        return inside / (aw * ah + bw * bh - inside)
+
+    generator = torch.Generator().manual_seed(0)
+    corner, size = 20 * torch.rand(500, 2, 2, generator=generator), 5 + 30 * torch.rand(500, 2, 2, generator=generator)
+    xywh, xyxy = torch.cat([corner, size], 2), torch.cat([corner, corner + size], 2)
+    theirs = torch.tensor([inclusive(*pair) for pair in xywh.double().tolist()])
+    ours = boxes.iou(xyxy[:, 0], xyxy[:, 1])
+    least = (torch.minimum(xyxy[:, 0, 2:], xyxy[:, 1, 2:]) - torch.maximum(xyxy[:, 0, :2], xyxy[:, 1, :2])).amin(1)
+    wide = least > 1
+    torch.testing.assert_close(ours[wide], theirs[wide].float(), atol=1e-5, rtol=1e-4)
+    assert (theirs[~wide] == 0).all() and (~wide).sum() > 5  # what overlaps by a pixel at most counts as apart there
+    assert ((ours >= 0.5) == (theirs >= 0.5)).all() and (ours >= 0.5).sum() > 50
+
+
 def test_overall_iou_weighs_by_area():
     """One tenth of the area found exactly, nothing of the rest: 0.1 overall, 0.5 per box (mean)."""
     predicted = torch.tensor([[0.0, 0, 10, 10], [0, 0, 0, 0]])

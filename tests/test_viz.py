@@ -121,6 +121,22 @@ def test_a_heat_map_is_brightest_where_the_map_is(photograph):
     assert len(np.unique(np.asarray(viz.heatmap(photograph, torch.ones(2, 2))).reshape(-1, 3), axis=0)) == 1
 
 
+def test_each_word_of_each_phrase_has_its_map_and_its_share(photograph):
+    left, right = torch.zeros(2, 2), torch.zeros(2, 2)
+    left[:, 0], right[:, 1] = 3.0, 1.0
+    strip = viz.heat_of_words(
+        photograph, [("a dog", [("a", left), ("dog", right)]), ("sky", [("sky", right)])], width=60
+    )
+    assert strip.width == 3 * 60 + 4 * 12
+    cells = np.asarray(strip).astype(int).sum(2)
+    top = slice(12, 62)
+    assert cells[top, 84:104].mean() > 2 * cells[top, 114:144].mean()  # the first word looks left,
+    assert cells[top, 186:216].mean() > 2 * cells[top, 156:176].mean()  # the second right
+    assert (np.asarray(strip)[top.start : top.stop, 12:72] == GREY).all()  # beside the image itself
+    rows = np.flatnonzero((np.asarray(strip)[:, 12:72] == GREY).all((1, 2)))
+    assert (cells[rows[-1], 156:216] == 3 * 255).all()  # the second phrase has a word less
+
+
 def test_a_contact_sheet_has_every_picture_in_its_place():
     reds = [Image.new("RGB", (40, 20 + 20 * i), (200, i, 0)) for i in range(5)]
     sheet = viz.contact_sheet(reds, [f"caption {i} " + "word " * 30 * (i == 0) for i in range(5)], 2, width=100)

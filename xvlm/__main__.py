@@ -29,14 +29,30 @@ def demo(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value over configs/pretrain/demo.yaml")] = None,
 ) -> None:
     """Pre-train a small model on generated scenes and show what it learned (from a checkout of the repository)."""
-    root = Path(__file__).parents[1]
-    script = root / "pretrain" / ("ablation.py" if ablation else "train.py")
-    config = root / "configs/pretrain" / ("ablation.yaml" if ablation else "demo.yaml")
-    if not script.exists():
-        raise FileNotFoundError(f"{script}: the demo runs from a checkout of the repository (pip install -e .)")
+    script = _in_checkout("pretrain/ablation.py" if ablation else "pretrain/train.py")
+    config = _in_checkout(f"configs/pretrain/{'ablation' if ablation else 'demo'}.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command = [sys.executable] if ablation else [*launch, "--mixed_precision", "no", "--dynamo_backend", "no"]
     raise SystemExit(subprocess.run([*command, str(script), str(config), *(overrides or [])], check=False).returncode)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of fine-tuning runs; of several, the numbers compared.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the page. Default: the run's own, or comparison.")] = None,
+) -> None:
+    """Write a page about a run: numbers, slices, curves, best and worst answers drawn (from a checkout)."""
+    words = [*map(str, runs), *([] if out is None else [f"out={out}"])]
+    command = [sys.executable, str(_in_checkout("finetune/pages.py")), *words]
+    raise SystemExit(subprocess.run(command, check=False).returncode)
+
+
+def _in_checkout(name: str) -> Path:
+    """A script or configuration, which the package does not hold."""
+    file = Path(__file__).parents[1] / name
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: this runs from a checkout of the repository (pip install -e .)")
+    return file
 
 
 @app.command()
@@ -50,6 +66,7 @@ def ground(
         int | None,
         typer.Option(min=0, help="Of gradcam: which cross layer. Default: what xvlm layers stored, else the middle."),
     ] = None,
+    words: Annotated[bool, typer.Option(help="Also draw where the matching head looks for each word.")] = False,
 ) -> None:
     """Find phrases in a picture: prints a box each (left top right bottom, pixels) and draws them."""
     import torch
@@ -61,17 +78,19 @@ def ground(
     from xvlm.models.xvlm import XVLM
     from xvlm.presence import Presence, WithPresence
     from xvlm.tasks import grounding, pretraining
-    from xvlm.zeroshot.gradcam import BestLayer, GradCAM, GradCAMConfig
+    from xvlm.zeroshot.gradcam import BestLayer, GradCAM, GradCAMConfig, word_maps
 
-    if layer is not None and method != "gradcam":
-        raise ValueError("--layer is for --method gradcam")
+    if layer is not None and method != "gradcam" and not words:
+        raise ValueError("--layer is for --method gradcam and --words")
     picture = Image.open(image).convert("RGB")
     folder = hub.locate(model)
     weights, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
     _check_together(processor, weights.config)
-    if method == "gradcam":
+    if words or method == "gradcam":
         best = BestLayer.from_pretrained(folder) if layer is None else BestLayer(layer=layer)
-        way = GradCAM(GradCAMConfig(layer=best and best.layer), weights)
+        looking = GradCAM(GradCAMConfig(layer=best and best.layer), weights)
+    if method == "gradcam":
+        way = looking
     elif method != "box":
         raise ValueError(f"--method {method}: expected box or gradcam")
     elif "box_head" not in weights.config.heads:
@@ -99,6 +118,13 @@ def ground(
         drawn = viz.contact_sheet([viz.draw(viz.heatmap(picture, each.heat), each) for each in found], phrases)
     drawn.save(out)
     typer.echo(str(out))
+    if words:
+        with torch.no_grad():
+            concepts = weights.eval().encode_image(processor.pixel_values(picture)[None])
+        maps = [(phrase, word_maps(weights, processor, phrase, concepts, looking.layer)) for phrase in phrases]
+        strip = out.with_stem(f"{out.stem}-words")
+        viz.heat_of_words(picture, maps).save(strip)
+        typer.echo(str(strip))
 
 
 @app.command()

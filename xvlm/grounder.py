@@ -69,9 +69,21 @@ class Grounder:
 
         Raises:
             RuntimeError: no image yet.
+            ValueError: a phrase without words, or one that is too long; names it.
         """
         if self.seen is None:
             raise RuntimeError("no image yet: call set_image first")
+        if not phrases:
+            return []
+        for number, phrase in enumerate(phrases):
+            if not self.processor.has_words(phrase):
+                raise ValueError(f"phrase {number}, {phrase!r}: has no words")
+            if not self.processor.fits(phrase):
+                most = self.processor.config
+                raise ValueError(
+                    f"phrase {number}, {phrase!r}: too long; the processor keeps {most.max_words} words and "
+                    f"{most.max_tokens} tokens"
+                )
         about = torch.zeros(len(phrases), dtype=torch.long, device=self.method.device)
         texts = self.processor.texts(list(phrases)).to(self.method.device)
         found = [each.to("cpu") for each in self.method.ground(texts, self.seen, about)]

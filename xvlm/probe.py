@@ -205,12 +205,13 @@ def _galleries(name: str, shards: Shards, queries: Sequence[evaluate.Query]) -> 
     step = max(1, len(queries) // 12)
     worst = sorted(queries, key=lambda query: query.iou)[:6]
     return [
-        report.Gallery(f"{name}: a sample of phrases", [_drawn(shards, query) for query in queries[::step][:12]]),
-        report.Gallery(f"{name}: the worst", [_drawn(shards, query) for query in worst]),
+        report.Gallery(f"{name}: a sample of phrases", [drawn(shards, query) for query in queries[::step][:12]]),
+        report.Gallery(f"{name}: the worst", [drawn(shards, query) for query in worst]),
     ]
 
 
-def _drawn(shards: Shards, query: evaluate.Query) -> tuple[Image.Image, str]:
+def drawn(shards: Shards, query: evaluate.Query) -> tuple[Image.Image, str]:
+    """An answered phrase's picture with the box found and the true ones (dashed), and its caption."""
     image = decode_image(shards.read(query.index)[1])
-    drawn = viz.draw(image, torch.tensor([query.predicted_xyxy]), true_xyxy=torch.tensor(query.boxes_xyxy))
-    return drawn, f"{query.text} (IoU {query.iou:.2f})"
+    picture = viz.draw(image, torch.tensor([query.predicted_xyxy]), true_xyxy=torch.tensor(query.boxes_xyxy))
+    return picture, f"{query.text} (IoU {query.iou:.2f})"

@@ -68,7 +68,8 @@ def script(main: Callable[[list[str]], None]) -> None:
 
 def finished(config: RunConfig) -> bool:
     """Whether this very run has ended before; says so."""
-    ended = (config.out / "config.yaml").exists() and (config.out / "report.html").exists()
+    # An evaluation of other weights may have left a report in the folder of a run that has not ended.
+    ended = all((config.out / name).exists() for name in ("config.yaml", "model", "report.html"))
     if ended:
         distributed.main_first(partial(train.claim, config.out, config))
         if distributed.world().rank == 0:

@@ -111,6 +111,24 @@ def heatmap(image: Image.Image, values: Float[Tensor, "height width"], colours: 
     return Image.blend(image.convert("L").convert("RGB"), coloured, 0.55)
 
 
+def heat_of_words(
+    image: Image.Image, phrases: Sequence[tuple[str, Sequence[tuple[str, Float[Tensor, "_ _"]]]]], *, width: int = 220
+) -> Image.Image:
+    """A row for each phrase: the image, then a heat map for each of its words, with the word's share of all the heat.
+
+    Each map has its own scale: what a word's share is small of may still be seen.
+    """
+    longest = max(len(maps) for _, maps in phrases)
+    blank = Image.new("RGB", image.size, "white")
+    pictures, captions = [], []
+    for phrase, maps in phrases:
+        total = sum(float(heat.sum()) for _, heat in maps) or 1.0
+        unused = longest - len(maps)
+        pictures += [image, *(heatmap(image, heat) for _, heat in maps), *[blank] * unused]
+        captions += [phrase, *(f"{word} {float(heat.sum()) / total:.0%}" for word, heat in maps), *[""] * unused]
+    return contact_sheet(pictures, captions, longest + 1, width=width)
+
+
 def contact_sheet(
     images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, *, width: int = 320
 ) -> Image.Image:

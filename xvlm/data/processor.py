@@ -172,6 +172,12 @@ class Processor:
             return False
         return True
 
+    def fits(self, text: str) -> bool:
+        """Whether :meth:`encode` keeps all of a text."""
+        config, words = self.config, clean_caption(text, len(text))
+        tokens = self._split.encode(words, add_special_tokens=False).ids
+        return words.count(" ") < config.max_words and len(tokens) < config.max_tokens - config.end_token
+
     def texts(self, texts: list[str]) -> Texts:
         """Texts as ids, padded to the longest of them.
 

@@ -141,8 +141,7 @@ def numbers(rows: Sequence[Captioned], *, java: bool = False) -> dict[str, float
         ModuleNotFoundError: for ``java``, pycocoevalcap is not installed.
     """
     known = [row for row in rows if row.references]
-    written = [metrics.words(row.caption) for row in known]
-    references = [[metrics.words(caption) for caption in row.references] for row in known]
+    written, references = in_words(known)
     cider = metrics.cider_d(written, references)
     found = {"CIDEr": sum(cider) / len(cider)}
     found |= {f"BLEU-{n}": score for n, score in enumerate(metrics.bleu(written, references), 1)}
@@ -151,6 +150,12 @@ def numbers(rows: Sequence[Captioned], *, java: bool = False) -> dict[str, float
         said = {row.record: row.caption for row in known}
         found |= metrics.with_java(said, {row.record: row.references for row in known})
     return found
+
+
+def in_words(rows: Sequence[Captioned]) -> tuple[list[list[str]], list[list[list[str]]]]:
+    """Captions and references as the metrics take them."""
+    written = [metrics.words(row.caption) for row in rows]
+    return written, [[metrics.words(caption) for caption in row.references] for row in rows]
 
 
 def of_others(rows: Sequence[Captioned]) -> list[Captioned]:

@@ -232,6 +232,10 @@ class Judged:
     label: bool
     probability: float
 
+    @property
+    def right(self) -> bool:
+        return (self.probability > 0.5) == self.label
+
 
 @torch.inference_mode()
 def ask(
@@ -273,11 +277,10 @@ def numbers(rows: Sequence[Judged]) -> dict[str, float]:
     """
     if not rows:
         raise ValueError("nothing to score: the records have no statements")
-    right = [(row.probability > 0.5) == row.label for row in rows]
     texts: dict[str, bool] = {}
-    for row, is_right in zip(rows, right, strict=True):
-        texts[row.text] = texts.get(row.text, True) and is_right
-    return {"accuracy": sum(right) / len(right), "consistency": sum(texts.values()) / len(texts)}
+    for row in rows:
+        texts[row.text] = texts.get(row.text, True) and row.right
+    return {"accuracy": sum(row.right for row in rows) / len(rows), "consistency": sum(texts.values()) / len(texts)}
 
 
 def commonest(rows: Sequence[Judged]) -> list[Judged]:

@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
 from xvlm import boxes
 from xvlm.config import Configured
+from xvlm.data.processor import Processor
 from xvlm.models.attached import Attached
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Concepts, Grounded, Proposals, Texts, Words
@@ -101,10 +101,7 @@ def heat_maps(
     layer: int,
     words: Bool[Tensor, "text word"] | None = None,
 ) -> tuple[Float[Tensor, "text row column"], Float[Tensor, "text"]]:
-    """Grad-CAM of the matching logit at a cross layer: attention times its positive gradient, mean of heads and words.
-
-    No parameter's ``.grad`` is touched, and parameters need no gradient. Only the layers from ``layer`` up are walked
-    back.
+    """The mean of :func:`token_maps` over the words of each text.
 
     Args:
         words: whose attention counts; where none of a text does, all do. All, [CLS] among them, if not given (X-VLM,
@@ -112,6 +109,34 @@ def heat_maps(
 
     Returns:
         A map per text over the grid of patches, and the probability that text and image match.
+    """
+    heat, match = token_maps(model, texts, concepts, about, layer)
+    counted = texts.mask if words is None else texts.mask & (words | ~(texts.mask & words).any(1, keepdim=True))
+    return Words(heat[counted[texts.mask]].flatten(1), counted).mean.unflatten(1, concepts.grid), match
+
+
+def word_maps(
+    model: XVLM, processor: Processor, phrase: str, concepts: Concepts, layer: int
+) -> list[tuple[str, Float[Tensor, "row column"]]]:
+    """Each word of a phrase about one image, [CLS] first, with its map: of several tokens their mean."""
+    ids, continues = processor.encode(phrase)
+    texts = processor.pad([ids]).to(concepts.patches.device)
+    heat, _ = token_maps(model, texts, concepts, torch.zeros_like(texts.ids[:, 0]), layer)
+    starts = [i for i, goes_on in enumerate(continues) if not goes_on]
+    spans = zip(starts, [*starts[1:], len(ids)], strict=True)
+    return [(processor.tokenizer.decode(ids[start:end]), heat[start:end].mean(0)) for start, end in spans]
+
+
+def token_maps(
+    model: XVLM, texts: Texts, concepts: Concepts, about: Int[Tensor, "text"], layer: int
+) -> tuple[Float[Tensor, "token row column"], Float[Tensor, "text"]]:
+    """Grad-CAM of the matching logit at a cross layer: attention times its positive gradient, mean of heads.
+
+    No parameter's ``.grad`` is touched, and parameters need no gradient. Only the layers from ``layer`` up are walked
+    back.
+
+    Returns:
+        A map per token, text after text, over the grid of patches; the probability that each text matches its image.
 
     Raises:
         RuntimeError: in inference mode, which has no gradients; or the model is in training mode, whose dropout would
@@ -124,19 +149,13 @@ def heat_maps(
     with torch.no_grad():
         said = model.encode_text(texts)
     with torch.enable_grad():
-        fused = model.fuse(said, concepts, about, keep_map=layer)
-        logits = model.match(fused)
-        attention = model.cross.layers[layer].cross_attention.take_map()
+        try:
+            logits = model.match(model.fuse(said, concepts, about, keep_map=layer))
+        finally:
+            attention = model.cross.layers[layer].cross_attention.take_map()
         (gradient,) = torch.autograd.grad(logits[:, 1].float().sum(), attention)
     heat = (attention.detach() * gradient.clamp(min=0)).mean(1)[:, 1:].float()  # without the pooled token's share
-    if words is not None:
-        words = texts.mask & (words | ~(texts.mask & words).any(1, keepdim=True))
-        heat, mask = heat[words[texts.mask]], words
-    else:
-        mask = texts.mask
-    rows, columns = concepts.grid
-    maps = rearrange(Words(heat, mask).mean, "text (row column) -> text row column", row=rows, column=columns)
-    return maps, logits.detach().float().softmax(-1)[:, 1]
+    return heat.unflatten(1, concepts.grid), logits.detach().float().softmax(-1)[:, 1]
 
 
 def score(
