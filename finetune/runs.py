@@ -156,6 +156,20 @@ def read_rows(config: FinetuneRun, file: Path) -> list[Any]:
     return rows
 
 
+def check_calibration(config: FinetuneRun) -> None:
+    """Whether the split to calibrate on can teach anything; better known before training than after.
+
+    Raises:
+        ConfigError: all its expressions have a box.
+    """
+    if config.evaluation.calibrate is not None:
+        shards = shards_of(config, config.evaluation.calibrate)
+        if not any(said.box_xyxy is None for i in range(len(shards)) for said in shards.read(i)[0].expressions):
+            raise ConfigError(
+                f"evaluation.calibrate: every expression in {shards.folder} has a box; some must name nothing"
+            )
+
+
 def calibrate(config: FinetuneRun, task: nn.Module, processor: Processor, folder: Path) -> None:
     """Store beside the weights how sure to be that a phrase is in the image; see :mod:`xvlm.presence`."""
     if config.evaluation.calibrate is None:

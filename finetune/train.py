@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 from pages import page
-from runs import FinetuneRun, ask, build, calibrate, facts, judge, tables, weights, write_rows
+from runs import FinetuneRun, ask, build, calibrate, check_calibration, facts, judge, tables, weights, write_rows
 
 from xvlm import distributed, hub, probe, runlog, train
 from xvlm.data import scenes
@@ -34,6 +34,7 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
         return
     started = time.time() - runlog.seconds_so_far(config.out)
     prepare(config, [config.stream])
+    check_calibration(config)
     torch.manual_seed(config.train.seed)
     task, fresh, processor = build(config)
     task.to(accelerator.device)

@@ -29,7 +29,8 @@ class Task(nn.Module):
     """Fine-tuning on (image, phrase, box) (X-VLM section 4.2; reference ``models/model_bbox.py``).
 
     An image may have several phrases; those about all of it (``Regions.whole``) have no box to learn, as in X-VLM's
-    pre-training on its region data. The model needs the heads of ``HEADS``.
+    pre-training on its region data. The model needs the heads of ``HEADS``, and where ``itm`` has a
+    weight, ``itm_head``.
     """
 
     def __init__(self, config: GroundingConfig, model: XVLM):
@@ -45,6 +46,7 @@ class Task(nn.Module):
         return named
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses by name, not weighted: L1 and GIoU, and where it has a weight, matching of boxes."""
         regions, config = batch.regions, self.config
         words, boxed = self.model.encode_text(batch.texts), ~regions.whole
         concepts = self.model.encode_image(batch.images, regions if config.itm else None)
