@@ -305,7 +305,7 @@ def grounding(
             about = torch.tensor([i for i, _ in part], device=method.device)
             texts = processor.texts([query.text for _, query in part]).to(method.device)
             for (i, query), found in zip(part, method.ground(texts, concepts, about), strict=True):
-                answer = _answer(query, found.to("cpu"), torch.tensor([some[i].width, some[i].height] * 2))
+                answer = _answer(query, found.to("cpu"), torch.tensor([some[i].width, some[i].height] * 2).float())
                 chosen_from = proposed[i].boxes_xyxy.tolist() if proposals else []
                 answer = replace(answer, threshold=threshold, proposals_xyxy=tuple(map(tuple, chosen_from)))
                 answered[i].append(answer)

@@ -60,7 +60,7 @@ def from_file(file: Path) -> Callable[[Record], Proposals]:
                 f"{file}: has no proposals for record {record.id}; give it an empty list if there are none"
             )
         rows = _rows(known[name], f"{file}: image {name}")
-        corners = boxes.clip(boxes.xywh_to_xyxy(rows[:, :4]), record.width, record.height)
+        corners = boxes.clip(boxes.xywh_to_xyxy(rows[:, :4]), float(record.width), float(record.height))
         if not (inside := boxes.area(corners) > 0).all():
             i = int((~inside).nonzero()[0])
             found = f"{record.width} x {record.height} pixels, left top width height {rows[i, :4].tolist()}"
