@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from pages import page
-from runs import FinetuneRun, ask, judge, load, read_rows, shards_of, tables, weights, write_rows
+from runs import FinetuneRun, ask, facts, judge, load, read_rows, shards_of, tables, weights, write_rows
 
 from xvlm import distributed, hub, probe, train
 from xvlm.config import ConfigError, load_config
@@ -40,12 +40,13 @@ def main(arguments: list[str]) -> None:
     if "model" not in given and not name.exists():
         raise ConfigError(f"{name}: no weights there; train first, or say model=FOLDER")
     task, processor = load(config, name)
-    rows = ask(config, split, task.to(accelerator.device), processor)
+    folder = hub.locate(name)
+    rows = ask(config, split, task.to(accelerator.device), processor, folder)
     if distributed.world().rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
         write_rows(config.out / f"predictions-{split}.jsonl", rows)
         submit(config, rows, given)
-        result = judge(config, split, rows, weights=weights(name))
+        result = judge(config, split, rows, weights=weights(name), **facts(config, task, folder))
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
         show(result)
         print(page(config))
@@ -59,7 +60,8 @@ def submit(config: FinetuneRun, rows: list, given: dict[str, str]) -> None:
 def show(result: dict) -> None:
     for table in tables(result):
         print(f"{probe.as_text(table)}\n")
-    print({key: result[key] for key in ("data", "weights", "predictions", "commit") if key in result})
+    made_with = ("data", "weights", "layer", "proposals", "presence", "predictions", "commit")
+    print({key: result[key] for key in made_with if key in result})
 
 
 if __name__ == "__main__":

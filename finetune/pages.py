@@ -18,7 +18,7 @@ from xvlm.config import ConfigError, load_config
 from xvlm.data.shards import Shards
 from xvlm.run import script
 
-FACTS = ("commit", "seed", "machine", "torch", "device", "minutes")
+FACTS = ("commit", "seed", "machine", "torch", "device", "minutes", "layer", "proposals")
 
 
 def main(arguments: list[str]) -> None:

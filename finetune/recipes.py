@@ -10,18 +10,23 @@ from pydantic import Field
 from torch import nn
 from views import CAPTIONING, GROUNDING, NLVR, RETRIEVAL, VQA, View
 
-from xvlm import evaluate
+from xvlm import evaluate, hub
+from xvlm.data import proposals
 from xvlm.data.pretrain import Grain, Stream, StreamConfig
 from xvlm.data.processor import Processor
 from xvlm.data.shards import Shards
 from xvlm.evaluate import Numbers
 from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.xvlm import XVLM, Pretrained
+from xvlm.presence import Presence, WithPresence
 from xvlm.tasks import captioning, grounding, nlvr, retrieval, vqa
+from xvlm.zeroshot import weak
+from xvlm.zeroshot.gradcam import BestLayer
 
 TaskConfig = Annotated[
     retrieval.RetrievalConfig
     | grounding.GroundingConfig
+    | weak.WeakGroundingConfig
     | vqa.VqaConfig
     | captioning.CaptioningConfig
     | nlvr.NlvrConfig,
@@ -59,6 +64,9 @@ class Recipe:
     looks: int = 1  # images that a text is about
     end_token: bool = False  # whether texts end with [SEP]
     submission: Callable[[Sequence[Any]], Any] | None = None  # what the benchmark's server takes, as JSON
+    more_heads: Callable[[Any], tuple[str, ...]] = lambda task: ()  # those that this configuration of the task needs
+    # What else the answers depend on, for the results: of the task, `evaluation.proposals`, the folder of the weights.
+    facts: Callable[..., dict[str, Any]] = lambda task, **_: {}
 
 
 # How each is asked about a split: a row for each example, on every process the same.
@@ -72,9 +80,70 @@ def ask_for_ranks(
 
 
 def ask_for_boxes(
-    task: grounding.Task, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int, **_: Any
+    task: grounding.Task,
+    processor: Processor,
+    shards: Shards,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    weights: Path | None,
+    **_: Any,
 ) -> list[evaluate.Query]:
-    return evaluate.grounding(task, processor, shards, indices, batch_size=batch_size)
+    asked: dict[str, Any] = {"batch_size": batch_size, "absent": True}
+    known = presence_of(task, weights)
+    if known is None:
+        return evaluate.grounding(task, processor, shards, indices, **asked)
+    sure = WithPresence(task, task.model, known)
+    return evaluate.grounding(sure, processor, shards, indices, threshold=known.threshold, **asked)
+
+
+def presence_of(task: grounding.Task, weights: Path | None) -> Presence | None:
+    """What was calibrated for the weights in a folder, where the model can say it."""
+    return Presence.from_pretrained(weights) if weights and "itm_head" in task.model.config.heads else None
+
+
+def facts_of_presence(task: grounding.Task, *, weights: Path | None, **_: Any) -> dict[str, Any]:
+    known = presence_of(task, weights)
+    return {"presence": None if known is None else known.model_dump(exclude={"weights"})}
+
+
+def ask_for_heat(
+    task: weak.Task,
+    processor: Processor,
+    shards: Shards,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    weights: Path | None,
+    boxes_from: proposals.Source,
+    **_: Any,
+) -> list[evaluate.Query]:
+    asked = {"batch_size": batch_size, "proposals": proposals.reader(boxes_from)}
+    return evaluate.grounding(task.method(best_layer(weights)), processor, shards, indices, **asked)
+
+
+def best_layer(weights: Path | None) -> int | None:
+    """What ``xvlm layers`` stored with the weights."""
+    known = BestLayer.from_pretrained(weights) if weights else None
+    return None if known is None else known.layer
+
+
+def facts_of_heat(task: weak.Task, *, weights: Path | None, boxes_from: proposals.Source) -> dict[str, Any]:
+    found: dict[str, Any] = {"layer": task.method(best_layer(weights)).layer, "proposals": str(boxes_from)}
+    return found | ({"proposals_sha256": hub.digest(boxes_from)} if isinstance(boxes_from, Path) else {})
+
+
+def numbers_of_heat(rows: Sequence[evaluate.Query]) -> Numbers:
+    """With proposals, also what choosing the best of them would get."""
+    numbers = evaluate.referring_numbers(rows)
+    if any(row.proposals_xyxy for row in rows):
+        numbers["acc@0.5 of the best proposal"] = evaluate.referring_numbers(evaluate.best_proposals(rows))["acc@0.5"]
+    return numbers
+
+
+def chance_of_heat(rows: Sequence[evaluate.Query], shards: Shards) -> Numbers:
+    """The whole image as the answer, or where boxes were proposed, any of them."""
+    return evaluate.referring_numbers(evaluate.random_proposals(evaluate.whole_images(rows, shards)))
 
 
 def ask_for_answers(
@@ -85,6 +154,7 @@ def ask_for_answers(
     *,
     batch_size: int,
     trained_on: Sequence[Path],
+    **_: Any,
 ) -> list[vqa.Answered]:
     answers = vqa.answer_list(task.config, trained_on) if task.config.ask == "rank" else []
 
@@ -133,8 +203,29 @@ RECIPES = {
         chance=lambda rows, shards: evaluate.referring_numbers(evaluate.whole_images(rows, shards)),
         protocol="acc@t: share of phrases whose box has an IoU of t or more with the true one (right and bottom "
         "exclusive). overall_iou: summed intersections over summed unions. small, medium, large: below 32² and 96² "
-        "pixels of the stored image. Chance: the whole image as the answer.",
+        "pixels of the stored image. Chance: the whole image as the answer. Of phrases without a target (gRefCOCO): "
+        "n_acc is the share of them of which that is said, t_acc the share of the others of which it is not, "
+        "f1_precision the share of all phrases answered with no box or the only one, as is right, by IoU (and by "
+        "generalised IoU, as in gRefCOCO's script), several the share that name more than one thing; "
+        "calibration_error is the ECE of presence in 15 bins. Without a presence every box is an answer.",
         view=GROUNDING,
+        more_heads=lambda task: ("itm_head",) if task.itm else (),
+        facts=facts_of_presence,
+    ),
+    "weak_grounding": Recipe(
+        task=weak.Task,
+        grain="region",
+        heads=weak.HEADS,
+        ask=ask_for_heat,
+        row=evaluate.Query,
+        numbers=lambda task, rows: numbers_of_heat(rows),
+        chance=chance_of_heat,
+        protocol="As grounding's, of the proposal in which Grad-CAM of the matching head, at one cross layer, has most "
+        "heat over area ** alpha; where nothing is proposed, of the box around the heat. pointing_game: the hottest "
+        "cell's middle is in the true box; energy_in_box: the share of heat in it. Chance: any of the proposals, "
+        "without proposals the whole image.",
+        view=GROUNDING,
+        facts=facts_of_heat,
     ),
     "vqa": Recipe(
         task=vqa.Task,

@@ -12,10 +12,11 @@ from recipes import RECIPES, Recipe, TaskConfig
 from torch import nn
 from views import by_slice
 
-from xvlm import hub, probe, report
+from xvlm import hub, presence, probe, report
 from xvlm.config import ConfigError, Configured, merge
 from xvlm.data import pretrain
 from xvlm.data.processor import Processor
+from xvlm.data.proposals import Source
 from xvlm.data.shards import Shards
 from xvlm.models.init import InitConfig, initial_model, pretrained_model
 from xvlm.models.lora import LoraConfig, adapt
@@ -37,6 +38,15 @@ class EvaluationConfig(Configured):
     records: Count | None = None  # of each split, the first ones; null: all
     batch_size: Count = 32  # images
     untrained: bool = True  # also measure the model as it starts
+    proposals: Source = "none"  # boxes that weakly supervised grounding chooses among
+    # Grounding: the split on which the trained model learns how sure to be that a phrase is in the image at all.
+    calibrate: str | None = None
+
+    @model_validator(mode="after")
+    def calibrates_on_a_split(self) -> "EvaluationConfig":
+        if self.calibrate is not None and self.calibrate not in self.splits:
+            raise ValueError(f"calibrate is {self.calibrate!r}; splits has {', '.join(self.splits) or 'none'}")
+        return self
 
 
 class RetentionConfig(Configured):
@@ -100,6 +110,8 @@ class FinetuneRun(RunConfig):
         if self.stream.grain != self.recipe.grain:
             wanted = f"{self.task.name} learns from {self.recipe.grain!r}"
             raise ValueError(f"stream.grain is {self.stream.grain!r}; {wanted}")
+        if self.evaluation.calibrate is not None and "itm_head" not in self.recipe.more_heads(self.task):
+            raise ValueError("evaluation.calibrate is for grounding with a matching head: task.itm above 0")
         if self.init.model is None:
             raise ValueError("init.model: which pre-trained weights? A folder, or xvlm-scenes-tiny")
         if self.lora is not None and self.from_scratch:
@@ -123,7 +135,9 @@ def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
     options = theirs.vision.options | config.trunk_options
     vision = theirs.vision.model_copy(update={"image_size": size, "options": options})
     text = theirs.text.model_copy(update={"looks": max(recipe.looks, theirs.text.looks)})
-    shape = theirs.model_copy(update={"heads": recipe.heads, "vision": vision, "text": text})
+    shape = theirs.model_copy(
+        update={"heads": recipe.heads + recipe.more_heads(config.task), "vision": vision, "text": text}
+    )
     pretrained, fresh = (XVLM(shape), []) if config.from_scratch else initial_model(shape, config.init)
     model, fresh = recipe.start(config.task, pretrained, fresh)
     if config.lora is not None:
@@ -155,8 +169,14 @@ def trained_on(config: FinetuneRun) -> list[Path]:
     return list(chain.from_iterable(pretrain.locate(config.stream).values()))
 
 
-def ask(config: FinetuneRun, split: str, task: nn.Module, processor: Processor) -> list[Any]:
-    """What a task answers to a split: a row for each example, on every process the same."""
+def ask(
+    config: FinetuneRun, split: str, task: nn.Module, processor: Processor, weights: Path | None = None
+) -> list[Any]:
+    """What a task answers to a split: a row for each example, on every process the same.
+
+    Args:
+        weights: the folder its weights are in, for what is stored with them; None while it trains.
+    """
     shards = shards_of(config, split)
     was_training = task.training
     task.eval()
@@ -166,6 +186,8 @@ def ask(config: FinetuneRun, split: str, task: nn.Module, processor: Processor) 
         shards,
         range(min(len(shards), config.evaluation.records or len(shards))),
         batch_size=config.evaluation.batch_size,
+        weights=weights,
+        boxes_from=config.evaluation.proposals,
         trained_on=trained_on(config),
     )
     task.train(was_training)
@@ -192,6 +214,36 @@ def read_rows(config: FinetuneRun, file: Path) -> list[Any]:
             where = ".".join(map(str, first["loc"]))
             raise ValueError(f"{file} line {number}: {where}: {first['msg']} ({config.task.name})") from None
     return rows
+
+
+def check_calibration(config: FinetuneRun) -> None:
+    """Whether the split to calibrate on can teach anything; better known before training than after.
+
+    Raises:
+        ConfigError: all its expressions have a box.
+    """
+    if config.evaluation.calibrate is not None:
+        shards = shards_of(config, config.evaluation.calibrate)
+        if not any(said.box_xyxy is None for i in range(len(shards)) for said in shards.read(i)[0].expressions):
+            raise ConfigError(
+                f"evaluation.calibrate: every expression in {shards.folder} has a box; some must name nothing"
+            )
+
+
+def calibrate(config: FinetuneRun, task: nn.Module, processor: Processor, folder: Path) -> None:
+    """Store beside the weights how sure to be that a phrase is in the image; see :mod:`xvlm.presence`."""
+    if config.evaluation.calibrate is None:
+        return
+    shards = shards_of(config, config.evaluation.calibrate)
+    task.eval()
+    records = range(min(len(shards), config.evaluation.records or len(shards)))
+    asked = presence.gather(task, task.model, processor, shards, records, config.evaluation.batch_size)
+    presence.fit(*asked).save_pretrained(folder)
+
+
+def facts(config: FinetuneRun, task: nn.Module, weights: Path) -> dict[str, Any]:
+    """What else the answers of a task depend on."""
+    return config.recipe.facts(task, weights=weights, boxes_from=config.evaluation.proposals)
 
 
 def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any) -> dict[str, Any]:

@@ -12,7 +12,19 @@ from pathlib import Path
 import retention
 import torch
 from pages import page
-from runs import FinetuneRun, ask, build, judge, tables, trained_on, weights, write_rows
+from runs import (
+    FinetuneRun,
+    ask,
+    build,
+    calibrate,
+    check_calibration,
+    facts,
+    judge,
+    tables,
+    trained_on,
+    weights,
+    write_rows,
+)
 
 from xvlm import distributed, hub, probe, runlog, train
 from xvlm.data import scenes
@@ -37,6 +49,7 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
         return
     started = time.time() - runlog.seconds_so_far(config.out)
     prepare(config, [config.stream])
+    check_calibration(config)
     torch.manual_seed(config.train.seed)
     task, fresh, processor = build(config)
     task.to(accelerator.device)
@@ -64,10 +77,14 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     streams = {"train": open_stream}
     train.fit(task, streams, config.train, config.optim, config.out, accelerator, fresh=fresh, validation=validation)
     keep_merged(config.out / "model")
-    answered = {split: ask(config, split, task, processor) for split in config.evaluation.splits}
+    if world.rank == 0:
+        calibrate(config, task, processor, config.out / "model")
+    distributed.gather_objects(None)  # the others read what the first stored
+    answered = {split: ask(config, split, task, processor, config.out / "model") for split in config.evaluation.splits}
     knows = None if config.retention is None else retention.measure(config, accelerator.device, task.model)
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
+        about |= facts(config, task, config.out / "model")
         about |= {"parameters": parameters, "parameters that learn": learn}
         if config.retention is not None:
             about |= {"retention": retention.about(config, knew, knows)}
@@ -122,7 +139,13 @@ def dry(config: FinetuneRun) -> FinetuneRun:
         "image_size": size,
         "trunk_options": {},
         "stream": config.stream.model_copy(update=images),
-        "evaluation": config.evaluation.model_copy(update={"splits": {"dry": out / "shards/test"}}),
+        "evaluation": config.evaluation.model_copy(
+            update={
+                "splits": {"dry": out / "shards/test"},
+                "proposals": "objects",
+                "calibrate": config.evaluation.calibrate and "dry",
+            }
+        ),
         "train": config.train.model_copy(update={"steps": 2, "save_every": 1, "log_every": 1}),
     }
     return config.model_copy(update=changes)

@@ -374,3 +374,27 @@ def test_push_uploads_what_loads_right(monkeypatch, folder):
     save_file({name: tensor + 1 for name, tensor in kept.items()}, folder / golden.FILE)
     assert CliRunner().invoke(app, ["push", str(folder), "org/mine"]).exit_code == 1
     assert len(pushed) == 1
+
+
+def test_layers_are_compared_and_the_best_is_stored_with_the_weights(folder, picture, tmp_path, monkeypatch):
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "val", "--limit", 4)
+    asked = ["layers", folder, tmp_path / "shards/val"]
+    title, heads, *rows = lines_of(*asked)
+    assert "proposals: objects" in title and heads.split() == ["layer", "acc@0.5", "pointing_game", "energy_in_box"]
+    values = [[float(cell) for cell in row.replace("*", "").split()] for row in rows]
+    assert [int(row[0]) for row in values] == [0, 1] and all(0 <= cell <= 1 for row in values for cell in row[1:])
+    best = max(values, key=lambda row: row[1])
+    assert [row for row in rows if "*" in row] == [rows[int(best[0])]]
+    assert lines_of(*asked, "--store", "--proposals", "none")[-1].startswith(f"{folder / 'gradcam.json'}: layer ")
+
+    (folder / "gradcam.json").write_text(json.dumps({"weights": hub.sha256(folder / "model.safetensors"), "layer": 0}))
+    ground = ["ground", picture, "a disc", "--model", folder, "--method", "gradcam", "--out"]
+    pictures = {}
+    for name, layer in (("stored", []), ("lower", ["--layer", 0]), ("upper", ["--layer", 1])):
+        lines_of(*ground, tmp_path / f"{name}.png", *layer)
+        pictures[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert pictures["stored"] == pictures["lower"] != pictures["upper"]
+
+    message = error_of(monkeypatch, *asked, "--proposals", tmp_path / "dets.json")
+    assert "dets.json: no such file of proposals" in message
+    assert "xvlm layers: pool: Input should be 'cells' or 'pixels'" in error_of(monkeypatch, *asked, "--pool", "x")

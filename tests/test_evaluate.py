@@ -12,11 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from xvlm import boxes, evaluate, metrics, probe
-from xvlm.data import scenes
+from xvlm.data import proposals, scenes
 from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.shards import Shards, write_shards
+from xvlm.presence import Presence, WithPresence
 from xvlm.tasks.pretraining import PretrainingConfig, Task
+from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,58 @@ def test_two_processes_give_the_rows_of_one_each_once_in_the_same_order(world, t
     for theirs, row in zip(first[1], ranked, strict=True):
         assert (tuple(theirs["right"]), tuple(theirs["candidates"])) == (row.right, row.candidates)
         assert theirs["scores"] == pytest.approx(row.scores, abs=1e-5)
+
+
+def test_phrases_without_a_target_are_asked_where_wanted(world):
+    model, processor, shards = world
+    task = Task(PretrainingConfig(), model)
+    sure = WithPresence(task, model, Presence(image=1.0, region=0.0, bias=0.0, threshold=0.5))
+    answered = evaluate.grounding(sure, processor, shards, range(8), absent=True, threshold=0.5)
+    expressions = [said for i in range(8) for said in shards.read(i)[0].expressions]
+    assert [(query.text, bool(query.boxes_xyxy)) for query in answered] == [
+        (said.text, said.box_xyxy is not None) for said in expressions
+    ]
+    assert all(query.threshold == 0.5 and query.said == (query.presence >= 0.5) for query in answered)
+    there = [query for query in answered if query.boxes_xyxy]
+    both, alone = evaluate.referring_numbers(answered), evaluate.referring_numbers(there)
+    assert len(there) < len(answered) and alone.items() <= both.items() and "n_acc" not in alone
+    assert both["n_acc"] == sum(not query.said for query in answered if not query.boxes_xyxy) / (
+        len(answered) - len(there)
+    )
+
+
+def test_presence_numbers_by_hand():
+    """Found; missed; denied; two things; of two that are not there one is denied."""
+    box, far = (0.0, 0.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0)
+    rows = [([box], 0.9), ([far], 0.8), ([box], 0.1), ([box, far], 0.7), ([], 0.2), ([], 0.6)]
+    answered = [evaluate.Query(0, "a phrase", tuple(true), (), box, presence, threshold=0.5) for true, presence in rows]
+    numbers = evaluate.presence_numbers(answered)
+    assert (numbers["n_acc"], numbers["t_acc"]) == (1 / 2, 3 / 4)
+    assert numbers["f1_precision"] == pytest.approx(2 / 6) and numbers["several"] == pytest.approx(1 / 6)
+    # Each in a bin of its own.
+    assert numbers["calibration_error"] == pytest.approx((0.1 + 0.2 + 0.9 + 0.3 + 0.2 + 0.6) / 6)
+    always = evaluate.presence_numbers([evaluate.replace(query, threshold=None) for query in answered])
+    assert (always["n_acc"], always["t_acc"], always["f1_precision"]) == (0.0, 1.0, pytest.approx(2 / 6))
+    assert always["calibration_error"] == pytest.approx(2 / 6)  # as sure as can be, of a third wrongly
+
+
+def test_heat_and_proposals_are_kept_with_the_answers(world):
+    model, processor, shards = world
+    propose = proposals.reader("objects")
+    answered = evaluate.grounding(GradCAM(GradCAMConfig(), model), processor, shards, range(3), proposals=propose)
+    for query in answered:
+        boxes_xyxy = [tuple(box) for box in propose(shards.read(query.index)[0]).boxes_xyxy.tolist()]
+        assert list(query.proposals_xyxy) == boxes_xyxy
+        assert any(query.predicted_xyxy == pytest.approx(box, abs=1e-3) for box in boxes_xyxy)
+        assert 0 <= query.pointed <= 1 and 0 <= query.energy <= 1
+    numbers = evaluate.referring_numbers(answered)
+    assert numbers["energy_in_box"] == pytest.approx(sum(query.energy for query in answered) / len(answered))
+    assert all(query.iou == pytest.approx(1) for query in evaluate.best_proposals(answered))
+    drawn = [evaluate.random_proposals(answered, seed) for seed in range(200)]
+    assert all(query.predicted_xyxy in query.proposals_xyxy for query in drawn[0])
+    share = sum(1 / len(query.proposals_xyxy) for query in answered) / len(answered)
+    apart = [sum(q.iou == pytest.approx(1) for q in one) / len(answered) for one in drawn]
+    assert sum(apart) / len(apart) == pytest.approx(share, abs=0.05)
 
 
 def test_right_answers_score_one(world):

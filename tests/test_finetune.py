@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from xvlm import evaluate
+from xvlm import evaluate, hub
 from xvlm.config import ConfigError, load_config
 from xvlm.data import scenes
 from xvlm.data.pretrain import StreamConfig
@@ -21,8 +21,10 @@ from xvlm.data.records import Question, Statement
 from xvlm.data.shards import BrokenSample, Shards, write_shards
 from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.xvlm import XVLM
+from xvlm.presence import Presence
 from xvlm.tasks import captioning, nlvr, vqa
 from xvlm.tasks.retrieval import RetrievalConfig, Task
+from xvlm.zeroshot.gradcam import BestLayer
 
 ROOT = Path(__file__).parents[1]
 STILL = {"crop": "none", "hflip": 0.0, "randaugment": "none"}
@@ -317,6 +319,69 @@ def test_a_run_is_trained_evaluated_and_scored_again(scripts, folder, tmp_path, 
     assert f"{trained['numbers']['accuracy']:.3f}" in printed and (tmp_path / "both/report.html").exists()
     with pytest.raises(FileNotFoundError, match=r"no results-\*\.json"):
         pages.main([str(tmp_path)])
+
+
+def short(name: str, folder: Path, out: Path, *more: str) -> list[str]:
+    """The words for two steps of a configuration on a folder of scenes."""
+    words = [str(ROOT / f"configs/finetune/{name}_scenes.yaml"), f"out={out}", "corpus=null"]
+    words += [f"stream.shards=[{folder}]", "stream.images=4", "train.steps=2", "train.save_every=1"]
+    return [*words, f"evaluation.splits.test={folder}", "evaluation.untrained=false", *more]
+
+
+def test_grounding_without_boxes_says_what_it_chose_among(scripts, folder, tmp_path):
+    train, score = scripts
+    out = tmp_path / "run"
+    words = short("grounding_weak", folder, out)
+    train.main(words)
+    trained = json.loads((out / "results-test.json").read_text())
+    asked = [said for i in range(8) for said in Shards(folder).read(i)[0].expressions if said.box_xyxy]
+    assert trained["examples"] == len(asked) and (trained["proposals"], trained["layer"]) == ("objects", 1)
+    assert trained["numbers"]["acc@0.5 of the best proposal"] == 1 and "energy_in_box" in trained["numbers"]
+    assert 0 < trained["chance"]["acc@0.5"] < 1
+
+    BestLayer(layer=0).save_pretrained(out / "model")
+    dets = tmp_path / "dets.json"
+    dets.write_text(json.dumps({Shards(folder).key(i): [[0, 0, 9, 9], [9, 9, 9, 9]] for i in range(8)}))
+    score.main([*words, f"evaluation.proposals={dets}"])
+    found = json.loads((out / "results-test.json").read_text())
+    assert (found["proposals"], found["layer"]) == (str(dets), 0)
+    assert found["proposals_sha256"] == hub.digest(dets)
+    rows = [json.loads(line) for line in (out / "predictions-test.jsonl").read_text().splitlines()]
+    assert all(row["proposals_xyxy"] == [[0, 0, 9, 9], [9, 9, 18, 18]] for row in rows)
+    score.main([*words, "evaluation.proposals=none"])
+    found = json.loads((out / "results-test.json").read_text())
+    assert found["proposals"] == "none" and "acc@0.5 of the best proposal" not in found["numbers"]
+
+
+def test_grounding_says_what_is_not_there(scripts, folder, tmp_path):
+    train, score = scripts
+    out = tmp_path / "run"
+    words = short("grounding_presence", folder, out, f"evaluation.splits.val={folder}")
+    train.main(words)
+    known = Presence.from_pretrained(out / "model")
+    trained = json.loads((out / "results-test.json").read_text())
+    assert trained["presence"] == known.model_dump(exclude={"weights"})
+    assert {"acc@0.5", "n_acc", "t_acc", "calibration_error", "f1_precision"} <= trained["numbers"].keys()
+    expressions = [said for i in range(8) for said in Shards(folder).read(i)[0].expressions]
+    assert trained["examples"] == len(expressions)
+    assert trained["numbers"]["absent"] == pytest.approx(
+        sum(said.box_xyxy is None for said in expressions) / len(expressions)
+    )
+    (out / "model/presence.json").unlink()
+    score.main(words)
+    without = json.loads((out / "results-test.json").read_text())
+    assert without["presence"] is None and (without["numbers"]["n_acc"], without["numbers"]["t_acc"]) == (0, 1)
+    assert without["numbers"]["acc@0.5"] == trained["numbers"]["acc@0.5"]
+
+
+def test_what_cannot_be_calibrated_is_refused_before_training(scripts):
+    words = [str(ROOT / "configs/finetune/grounding_scenes.yaml"), "--show"]
+    with pytest.raises(ConfigError, match=r"evaluation: calibrate is 'val'; splits has test"):
+        scripts[0].main([*words, "evaluation.calibrate=val"])
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.calibrate is for grounding with a matching head: task\.itm above 0"
+    ):
+        scripts[0].main([*words, "evaluation.calibrate=test"])
 
 
 @pytest.fixture

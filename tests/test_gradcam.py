@@ -18,6 +18,7 @@ from xvlm.zeroshot.gradcam import (
     heat_in_pixels,
     heat_maps,
     score,
+    token_maps,
     word_maps,
 )
 
@@ -163,6 +164,18 @@ def test_nothing_is_left_behind_and_frozen_models_work():
     torch.testing.assert_close(frozen, expected)
 
 
+def test_an_error_on_the_way_leaves_no_map_behind(monkeypatch):
+    model, texts, concepts, about = question()
+
+    def broken(_fused):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "match", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        heat_maps(model, texts, concepts, about, 1)
+    assert all(layer.cross_attention.map is None for layer in model.cross.layers)
+
+
 def test_many_texts_equal_one_at_a_time_and_padding_changes_nothing():
     model, texts, concepts, about = question()
     together, _ = heat_maps(model, texts, concepts, about, 1)
@@ -208,12 +221,28 @@ def test_each_word_has_the_mean_of_its_tokens_and_their_mean_is_the_phrase():
     torch.testing.assert_close(heat_maps(model, texts, concepts, about, 1)[0][0], mean)
 
 
+def test_words_that_cleaning_shortens_or_takes_apart_keep_their_own_tokens():
+    """Of "man's T-shirt" cleaning leaves three words; counting those of the written text would be one short."""
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "man", "##s", "t", "sh", "##irt", "red"]
+    processor = Processor.from_vocabulary(lines, ProcessorConfig(image_size=32))
+    model = tiny.model()
+    with torch.no_grad():
+        concepts = model.encode_image(tiny.batch(images=1, per_image=1, whole=True).images)
+    found = dict(word_maps(model, processor, "man's T-shirt, red!", concepts, 1))
+    assert list(found) == ["[CLS]", "mans", "t", "shirt", "red"]
+    texts, about = processor.texts(["mans t shirt red"]), torch.zeros(1, dtype=torch.long)
+    tokens, _ = token_maps(model, texts, concepts, about, 1)
+    for word, span in (("mans", slice(1, 3)), ("t", slice(3, 4)), ("shirt", slice(4, 6)), ("red", slice(6, 7))):
+        torch.testing.assert_close(found[word], tokens[span].mean(0))
+
+
 def test_inference_and_training_mode_are_refused():
     model, texts, concepts, about = question()
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode has none"):
         heat_maps(model, texts, concepts, about, 1)
     with pytest.raises(RuntimeError, match="evaluation mode"):
         heat_maps(model.train(), texts, concepts, about, 1)
+    assert GradCAM(GradCAMConfig(), model).layer == 1  # of two, the upper; of six, the fourth
     with pytest.raises(ValueError, match=r"gradcam\.layer is 2, but the cross encoder has 2 layers"):
         GradCAM(GradCAMConfig(layer=2), model)
 

@@ -207,3 +207,30 @@ def test_presence_by_hand():
     assert found["calibration_error"] == pytest.approx((abs(0.6 - 1) + abs(2.4 - 2)) / 6)
     with pytest.raises(ValueError, match="3 of 3 phrases have a target"):
         metrics.presence(probability[:3], present[:3], 0.5)
+
+
+def test_generalized_grounding_by_hand():
+    """Found; found by an IoU of 0.52; missed; denied; nothing there, and so said, and not said; one of two found."""
+    box, near, far = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 8.0, 6.5], [50.0, 50.0, 60.0, 60.0]
+    targets = [[box], [near], [far], [box], [], [], [box, far]]
+    said = torch.tensor([True, True, True, False, False, True, True])
+    found = metrics.generalized_grounding(
+        torch.tensor([box] * 7), said, [torch.tensor(each).reshape(-1, 4) for each in targets]
+    )
+    shares = {"f1_precision": 3 / 7, "f1_precision_giou": 3 / 7, "several": 1 / 7}
+    assert found == {name: pytest.approx(value) for name, value in shares.items()}
+    moved = torch.tensor([[1.7, 1.7, 11.7, 11.7]])  # IoU 0.5254, generalised 0.4832
+    found = metrics.generalized_grounding(torch.tensor([box]), said[:1], [moved])
+    assert (found["f1_precision"], found["f1_precision_giou"]) == (1.0, 0.0)
+
+
+def test_where_the_heat_is_by_hand():
+    heat = torch.zeros(2, 4)
+    heat[0, 3], heat[1, 0], heat[1, 1] = 4.0, 2.0, -3.0
+    right_half, corner = torch.tensor([0.5, 0.0, 1.0, 1.0]), torch.tensor([0.0, 0.75, 0.25, 1.0])
+    assert metrics.pointing(heat, right_half) == 1.0 and metrics.pointing(heat, corner) == 0.0
+    assert metrics.energy_in_box(heat, right_half) == pytest.approx(4 / 6)
+    assert metrics.energy_in_box(heat, corner) == pytest.approx(1 / 6)  # half of the cell of 2
+    even = torch.ones(2, 4)
+    assert metrics.pointing(even, right_half) == metrics.energy_in_box(even, right_half) == 0.5
+    assert metrics.pointing(0 * even, right_half) == metrics.energy_in_box(0 * even, right_half) == 0.0

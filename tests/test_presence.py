@@ -72,11 +72,20 @@ def test_a_method_with_presence_answers_as_before_and_says_how_sure():
         assert torch.equal(a.boxes_xyxy, b.boxes_xyxy) and b.presence == 0.5
 
 
-def test_it_is_stored_with_the_weights(tmp_path):
+def test_it_is_stored_with_the_weights_and_with_no_others(tmp_path):
     assert Presence.from_pretrained(tmp_path) is None
-    presence = Presence(image=0.5, region=0.25, bias=-1.0, threshold=0.4)
+    model, presence = tiny.model(), Presence(image=0.5, region=0.25, bias=-1.0, threshold=0.4)
+    model.save_pretrained(tmp_path)
     presence.save_pretrained(tmp_path)
-    assert Presence.from_pretrained(tmp_path) == presence
+    found = Presence.from_pretrained(tmp_path)
+    assert found.model_copy(update={"weights": ""}) == presence and found.weights
+    model.save_pretrained(tmp_path)
+    assert Presence.from_pretrained(tmp_path) == found  # the same weights again
+    with torch.no_grad():
+        model.itm_head[0].bias[0] += 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"presence\.json: is about other weights than model\.safetensors beside it"):
+        Presence.from_pretrained(tmp_path)
     (tmp_path / "presence.json").write_text('{"image": 0.5, "region": 0.25, "bias": "much", "threshold": 0.4}')
     with pytest.raises(ConfigError, match=r"presence.json: bias: .* \(found 'much'\)"):
         Presence.from_pretrained(tmp_path)

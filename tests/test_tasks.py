@@ -86,6 +86,31 @@ def test_a_grounder_can_ask_the_task():
         torch.testing.assert_close(xyxy_to_cxcywh(one.boxes_xyxy)[0], box, atol=1e-4, rtol=1e-4)
 
 
+def test_other_boxes_are_of_the_same_image_and_apart():
+    near, far = [0.1, 0.1, 0.2, 0.2], [0.6, 0.6, 0.2, 0.2]
+    boxes_cxcywh = torch.tensor([near, near, far, [0.5, 0.5, 1.0, 1.0], near, near])
+    whole = torch.tensor([False, False, False, True, False, False])
+    regions = Regions(torch.tensor([0, 0, 0, 0, 1, 1]), boxes_cxcywh, boxes_cxcywh, whole)
+    for _ in range(20):
+        asked, wrong = grounding.other_boxes(regions)
+        assert asked.tolist() == [0, 1, 2]
+        assert wrong[:2].tolist() == [2, 2] and wrong[2] in (0, 1)
+
+
+def test_matching_is_learned_from_the_own_box_and_another(monkeypatch):
+    batch, model = tiny.batch(2, 3), tiny.model()
+    plain = grounding.Task(grounding.GroundingConfig(), model)({"region": batch})
+    monkeypatch.setattr(grounding, "other_boxes", lambda _: (torch.tensor([1, 4]), torch.tensor([2, 5])))
+    found = grounding.Task(grounding.GroundingConfig(itm=0.5), model)({"region": batch})
+    for name, loss in plain.items():
+        torch.testing.assert_close(found[name], loss)
+    words, concepts = model.encode_text(batch.texts), model.encode_image(batch.images, batch.regions)
+    own = model.match(model.fuse(words, concepts, 2 + torch.arange(6)))
+    other = model.match(model.fuse(words, concepts, torch.tensor([2 + 2, 2 + 5]), torch.tensor([1, 4])))
+    logits, right = torch.cat([own, other]), torch.tensor([1] * 6 + [0] * 2)
+    torch.testing.assert_close(found["region/itm"], 0.5 * torch.nn.functional.cross_entropy(logits, right))
+
+
 # Two images.
 
 

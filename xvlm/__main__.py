@@ -64,7 +64,8 @@ def ground(
     out: Annotated[Path, typer.Option(help="Where the drawn picture goes.")] = Path("grounded.png"),
     method: Annotated[str, typer.Option(help="box: the box head; gradcam: where the matching head looks.")] = "box",
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Of gradcam: which cross layer. Default: the middle.")
+        int | None,
+        typer.Option(min=0, help="Of gradcam: which cross layer. Default: what xvlm layers stored, else the middle."),
     ] = None,
     words: Annotated[bool, typer.Option(help="Also draw where the matching head looks for each word.")] = False,
 ) -> None:
@@ -78,7 +79,7 @@ def ground(
     from xvlm.models.xvlm import XVLM
     from xvlm.presence import Presence, WithPresence
     from xvlm.tasks import grounding, pretraining
-    from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig, word_maps
+    from xvlm.zeroshot.gradcam import BestLayer, GradCAM, GradCAMConfig, word_maps
 
     if layer is not None and method != "gradcam" and not words:
         raise ValueError("--layer is for --method gradcam and --words")
@@ -86,12 +87,11 @@ def ground(
     folder = hub.locate(model)
     weights, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
     _check_together(processor, weights.config)
-    middle = len(weights.cross.layers) // 2  # X-VLM's choice of six
-    gradcam = GradCAMConfig(layer=middle if layer is None else layer)
-    if words:
-        GradCAM(gradcam, weights)  # says at once what is missing
+    if words or method == "gradcam":
+        best = BestLayer.from_pretrained(folder) if layer is None else BestLayer(layer=layer)
+        looking = GradCAM(GradCAMConfig(layer=best and best.layer), weights)
     if method == "gradcam":
-        way = GradCAM(gradcam, weights)
+        way = looking
     elif method != "box":
         raise ValueError(f"--method {method}: expected box or gradcam")
     elif "box_head" not in weights.config.heads:
@@ -122,7 +122,7 @@ def ground(
     if words:
         with torch.no_grad():
             concepts = weights.eval().encode_image(processor.pixel_values(picture)[None])
-        maps = [(phrase, word_maps(weights, processor, phrase, concepts, gradcam.layer)) for phrase in phrases]
+        maps = [(phrase, word_maps(weights, processor, phrase, concepts, looking.layer)) for phrase in phrases]
         strip = out.with_stem(f"{out.stem}-words")
         viz.heat_of_words(picture, maps).save(strip)
         typer.echo(str(strip))
@@ -152,7 +152,47 @@ def calibrate(
     found.save_pretrained(model)
     for name, value in presence.numbers(found, *held_out).items():
         typer.echo(f"{name}: {value:.3f}")
-    typer.echo(f"{model / presence.FILE}: threshold {found.threshold:.3f}, on {len(held_out[1])} phrases")
+    typer.echo(f"{model / found.FILE}: threshold {found.threshold:.3f}, on {len(held_out[1])} phrases")
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Argument(help="Folder, shipped name or hub name.")],
+    shards: Annotated[Path, typer.Argument(help="Held-out shards with phrases that have boxes.")],
+    proposals: Annotated[str, typer.Option(help="Boxes to choose among: objects, none, or a file.")] = "objects",
+    limit: Annotated[int, typer.Option(min=1, help="Records at most.")] = 1000,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="A box is worth its heat over area ** alpha.")] = 0.5,
+    pool: Annotated[str, typer.Option(help="How heat in a box is summed: cells or pixels.")] = "cells",
+    store: Annotated[bool, typer.Option(help="Keep the best layer with the weights.")] = False,
+) -> None:
+    """Ground by Grad-CAM at every cross layer: which one finds most?"""
+    from xvlm import evaluate, probe, report
+    from xvlm.data.processor import Processor
+    from xvlm.data.proposals import reader
+    from xvlm.data.shards import Shards
+    from xvlm.models.xvlm import XVLM
+    from xvlm.zeroshot.gradcam import BestLayer, GradCAM, GradCAMConfig
+
+    propose = reader(proposals if proposals in ("objects", "none") else Path(proposals))
+    folder = hub.locate(model)
+    weights, processor, packed = XVLM.from_pretrained(folder), Processor.from_pretrained(folder), Shards(shards)
+    found = []
+    for layer in range(len(weights.cross.layers)):
+        asked = {"layer": layer, "alpha": alpha, "pool": pool}
+        method = GradCAM(validate(GradCAMConfig, asked, "xvlm layers"), weights)
+        answers = evaluate.grounding(method, processor, packed, range(min(limit, len(packed))), proposals=propose)
+        found.append(evaluate.referring_numbers(answers))
+    measures = ("acc@0.5", "pointing_game", "energy_in_box")
+    best = max(range(len(found)), key=lambda layer: found[layer]["acc@0.5"])
+    rows = [
+        [f"{layer}{' *' if layer == best else ''}", *(f"{numbers[name]:.3f}" for name in measures)]
+        for layer, numbers in enumerate(found)
+    ]
+    title = f"{len(answers)} phrases of {shards}, proposals: {proposals}"
+    typer.echo(probe.as_text(report.Table(title, ["layer", *measures], rows)))
+    if store:
+        BestLayer(layer=best).save_pretrained(folder)
+        typer.echo(f"{folder / BestLayer.FILE}: layer {best}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Literal, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from xvlm.data.shards import Shards
 from xvlm.grounder import Method
 from xvlm.models.vision import regions_in_pixels
 from xvlm.models.xvlm import XVLM
-from xvlm.types import Concepts, Words
+from xvlm.types import Concepts, Grounded, Proposals, Words
 
 T = TypeVar("T")
 Numbers = dict[str, float]
@@ -37,7 +38,7 @@ Predict = Callable[[Sequence[int], Sequence[Record], Float[Tensor, "image 3 heig
 logger = logging.getLogger(__name__)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: some methods need a gradient further on
 def each_once(
     predict: Predict[T], processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int
 ) -> list[T]:
@@ -234,7 +235,12 @@ def _rerank(
 
 @dataclass(frozen=True)
 class Query:
-    """A phrase about an image and the boxes (``xyxy``, pixels) it names; ``predicted_xyxy`` once answered."""
+    """A phrase about an image and the boxes (``xyxy``, pixels) it names, none where nothing in the image is meant.
+
+    Once answered, ``predicted_xyxy`` is the box, ``proposals_xyxy`` those it was chosen from, ``presence`` how likely
+    there is anything to find and ``threshold`` from where on that is said. A method that shows where it looked has
+    ``pointed`` and ``energy``: :func:`xvlm.metrics.pointing` and :func:`xvlm.metrics.energy_in_box`.
+    """
 
     index: int  # of the record in its shards
     text: str
@@ -243,10 +249,21 @@ class Query:
     predicted_xyxy: tuple[float, float, float, float] | None = None
     presence: float | None = None
     record: str = ""
+    threshold: float | None = None
+    proposals_xyxy: tuple[tuple[float, float, float, float], ...] = ()
+    pointed: float | None = None
+    energy: float | None = None
+
+    @property
+    def said(self) -> bool:
+        """Whether the box counts as an answer; without a threshold it always does."""
+        return self.threshold is None or self.presence >= self.threshold
 
     @property
     def iou(self) -> float:
-        """Overlap of the predicted box with the box around all the true ones (the merged box)."""
+        """Overlap of the predicted box with the box around all the true ones (the merged box); 0 without these."""
+        if not self.boxes_xyxy:
+            return 0.0
         return float(boxes.iou(torch.tensor(self.predicted_xyxy), self.merged_xyxy))
 
     @property
@@ -255,37 +272,65 @@ class Query:
 
 
 def grounding(
-    method: Method, processor: Processor, shards: Shards, indices: Sequence[int], *, batch_size: int = 32
+    method: Method,
+    processor: Processor,
+    shards: Shards,
+    indices: Sequence[int],
+    *,
+    batch_size: int = 32,
+    proposals: Callable[[Record], Proposals] | None = None,
+    absent: bool = False,
+    threshold: float | None = None,
 ) -> list[Query]:
-    """Ask for every phrase of every record (see :func:`queries`); the first box of an answer counts."""
+    """Ask for every phrase of every record (see :func:`queries`); the first box of an answer counts.
+
+    Args:
+        proposals: of a record, for a method that chooses among them.
+        absent: ask for expressions without a box, too.
+        threshold: of the method's presence, from which on it says that there is something to find.
+    """
 
     def predict(
         numbers: Sequence[int], some: Sequence[Record], images: Float[Tensor, "image 3 height width"]
     ) -> list[list[Query]]:
-        concepts = method.encode(images.to(method.device))
+        proposed = [proposals(record) for record in some] if proposals else []
+        concepts = method.encode(images.to(method.device), *([proposed] if proposals else []))
         asked = [
             (i, query)
             for i, record in enumerate(some)
             for query in _with_words(processor, queries(record, numbers[i]), lambda query: query.text, record)
+            if absent or query.boxes_xyxy
         ]
         answered: list[list[Query]] = [[] for _ in some]
         for part in _chunks(asked, 256):
             about = torch.tensor([i for i, _ in part], device=method.device)
             texts = processor.texts([query.text for _, query in part]).to(method.device)
             for (i, query), found in zip(part, method.ground(texts, concepts, about), strict=True):
-                box = found.boxes_xyxy[0].cpu() * torch.tensor([some[i].width, some[i].height] * 2)
-                answered[i].append(replace(query, predicted_xyxy=tuple(box.tolist()), presence=found.presence))
+                answer = _answer(query, found.to("cpu"), torch.tensor([some[i].width, some[i].height] * 2).float())
+                chosen_from = proposed[i].boxes_xyxy.tolist() if proposals else []
+                answer = replace(answer, threshold=threshold, proposals_xyxy=tuple(map(tuple, chosen_from)))
+                answered[i].append(answer)
         return answered
 
     return each_once(predict, processor, shards, indices, batch_size=batch_size)
 
 
+def _answer(query: Query, found: Grounded, size: Float[Tensor, "4"]) -> Query:
+    """The query with what was found; ``size`` is the image's width and height, twice."""
+    box = found.boxes_xyxy[0] * size
+    query = replace(query, predicted_xyxy=tuple(box.tolist()), presence=found.presence)
+    if found.heat is None or not query.boxes_xyxy:
+        return query
+    true = query.merged_xyxy / size
+    return replace(query, pointed=metrics.pointing(found.heat, true), energy=metrics.energy_in_box(found.heat, true))
+
+
 def queries(record: Record, index: int) -> Iterator[Query]:
-    """A record's referring expressions that have a box; without any, its caption phrases with boxes; without these, the
-    first description of each region; without these too, the labels that only one object has."""
-    for expression in record.expressions:
-        if expression.box_xyxy is not None:
-            yield Query(index, expression.text, (expression.box_xyxy,), tuple(expression.tags), record=record.id)
+    """A record's referring expressions; without any, its caption phrases with boxes; without these, the first
+    description of each region; without these too, the labels that only one object has."""
+    for said in record.expressions:
+        named = said.boxes_xyxy or ([] if said.box_xyxy is None else [said.box_xyxy])
+        yield Query(index, said.text, tuple(named), tuple(said.tags), record=record.id)
     if not record.expressions:
         for phrase in record.phrases:
             if phrase.boxes_xyxy:
@@ -314,30 +359,78 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.in
 
 def referring_numbers(answered: Sequence[Query]) -> Numbers:
     """Referring expressions: acc@0.5, 0.7 and 0.9, mean IoU (per phrase) and overall IoU (of summed areas); acc@0.5 of
-    small, medium and large objects, by COCO's areas, and of every tag.
+    small, medium and large objects, by COCO's areas, and of every tag. Of methods that look: the pointing game, and how
+    much of their heat is in the true box.
 
-    The truth is the box around all of a phrase's boxes; an IoU equal to the threshold counts.
+    The truth is the box around all of a phrase's boxes; an IoU equal to the threshold counts. Phrases without a target
+    take no part in these; where there are any, the numbers of :func:`presence_numbers` join them.
     """
-    predicted, merged = _boxes(answered)
+    there = [query for query in answered if query.boxes_xyxy]
+    predicted, merged = _boxes(there)
     numbers = {f"acc@{t}": metrics.grounding_accuracy(predicted, merged, t) for t in (0.5, 0.7, 0.9)}
     numbers |= {"mean_iou": metrics.mean_iou(predicted, merged), "overall_iou": metrics.overall_iou(predicted, merged)}
+    for name, of in (("pointing_game", "pointed"), ("energy_in_box", "energy")):
+        values = [getattr(query, of) for query in there]
+        if None not in values:
+            numbers[name] = sum(values) / len(values)
     area = boxes.area(merged)
     parts = {f"acc@0.5 {size}": (area >= least) & (area < most) for size, (least, most) in SIZES.items()}
-    for tag in sorted({tag for query in answered for tag in query.tags}):
-        parts[f"acc@0.5 {tag}"] = torch.tensor([tag in query.tags for query in answered])
+    for tag in sorted({tag for query in there for tag in query.tags}):
+        parts[f"acc@0.5 {tag}"] = torch.tensor([tag in query.tags for query in there])
     for name, part in parts.items():
         if part.any():
             numbers[name] = metrics.grounding_accuracy(predicted[part], merged[part])
-    return numbers
+    return numbers | (presence_numbers(answered) if len(there) < len(answered) else {})
+
+
+def presence_numbers(answered: Sequence[Query]) -> Numbers:
+    """Phrases with and without a target: :func:`xvlm.metrics.presence` and :func:`xvlm.metrics.generalized_grounding`.
+
+    Where no threshold is known, every box counts as an answer, given with certainty.
+    """
+    sure = [1.0 if query.threshold is None else query.presence for query in answered]
+    present = torch.tensor([bool(query.boxes_xyxy) for query in answered])
+    numbers = metrics.presence(torch.tensor(sure), present, answered[0].threshold or 0.0)
+    said = torch.tensor([query.said for query in answered])
+    targets = [torch.tensor(query.boxes_xyxy).reshape(-1, 4) for query in answered]
+    return numbers | metrics.generalized_grounding(
+        torch.tensor([query.predicted_xyxy for query in answered]), said, targets
+    )
 
 
 def whole_images(answered: Sequence[Query], shards: Shards) -> list[Query]:
     """The same phrases answered with the whole image: what grounding is compared with."""
     sizes = {i: shards.read(i)[0] for i in {query.index for query in answered}}
     return [
-        replace(query, predicted_xyxy=(0.0, 0.0, float(sizes[query.index].width), float(sizes[query.index].height)))
+        replace(
+            _unseen(query), predicted_xyxy=(0.0, 0.0, float(sizes[query.index].width), float(sizes[query.index].height))
+        )
         for query in answered
     ]
+
+
+def random_proposals(answered: Sequence[Query], seed: int = 0) -> list[Query]:
+    """The same phrases answered with any of the boxes there were to choose among; without boxes, as they were."""
+    dice = Random(seed)
+    return [
+        replace(_unseen(query), predicted_xyxy=dice.choice(query.proposals_xyxy)) if query.proposals_xyxy else query
+        for query in answered
+    ]
+
+
+def best_proposals(answered: Sequence[Query]) -> list[Query]:
+    """The same phrases answered with the proposal that meets the truth best: what no choice can exceed."""
+    return [
+        max(
+            (replace(query, predicted_xyxy=box) for box in query.proposals_xyxy), key=lambda one: one.iou, default=query
+        )
+        for query in answered
+    ]
+
+
+def _unseen(query: Query) -> Query:
+    """Without what a method said of it beside the box."""
+    return replace(query, presence=None, threshold=None, pointed=None, energy=None)
 
 
 def _boxes(answered: Sequence[Query]) -> tuple[Float[Tensor, "query 4"], Float[Tensor, "query 4"]]:

@@ -7,7 +7,6 @@ a target, make a probability of these (Platt scaling), a threshold makes a verdi
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,39 +15,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from xvlm import hub, metrics
-from xvlm.config import Configured, load_config
+from xvlm import metrics
 from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor
 from xvlm.data.shards import Shards
 from xvlm.grounder import Method
+from xvlm.models.attached import Attached
 from xvlm.models.vision import regions_in_pixels
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Concepts, Grounded, Texts
 
-FILE = "presence.json"
 
-
-class Presence(Configured):
+class Presence(Attached):
     """Weights of the two log-odds, their bias, and the probability from which on a phrase counts as present."""
 
+    FILE = "presence.json"
     image: float
     region: float
     bias: float
     threshold: float
-
-    @classmethod
-    def from_pretrained(cls, folder: Path) -> "Presence | None":
-        """What is stored with the weights in a folder; None where nothing was calibrated.
-
-        Raises:
-            ConfigError: the file holds something else.
-        """
-        file = folder / FILE
-        return load_config(cls, file) if file.exists() else None
-
-    def save_pretrained(self, folder: Path) -> None:
-        hub.write_atomically(folder / FILE, self.model_dump_json(indent=2) + "\n")
 
     def probability(self, odds: Float[Tensor, "phrase 2"]) -> Float[Tensor, "phrase"]:
         return (odds @ odds.new_tensor([self.image, self.region]) + self.bias).sigmoid()

@@ -127,6 +127,68 @@ def presence(
     }
 
 
+def generalized_grounding(
+    predicted_xyxy: Float[Tensor, "phrase 4"],
+    said: Bool[Tensor, "phrase"],
+    targets_xyxy: Sequence[Float[Tensor, "_ 4"]],
+    threshold: float = 0.5,
+) -> dict[str, float]:
+    """gRefCOCO's protocol for boxes (GREC; He et al. 2023), for at most one box a phrase.
+
+    A phrase is right where its F1 is 1: nothing is predicted of a phrase without a target, or the only target is met.
+    The paper asks for an IoU of at least 0.5; the authors' script (``mdetr/datasets/refexp.py``) for a generalised IoU,
+    which is never larger. A phrase of several targets cannot be right with one box.
+
+    Args:
+        said: whether the box counts as an answer; else the phrase is said to have no target.
+        targets_xyxy: the boxes of each phrase, none where it has no target.
+
+    Returns:
+        ``f1_precision`` and ``f1_precision_giou``: share of phrases that are right; ``several``: share of phrases with
+        more than one target.
+    """
+    _require_some(len(predicted_xyxy))
+    counts = [len(targets) for targets in targets_xyxy]
+    right = {"f1_precision": 0, "f1_precision_giou": 0}
+    for predicted, answered, targets in zip(predicted_xyxy, said.tolist(), targets_xyxy, strict=True):
+        for name, overlap in (("f1_precision", boxes.iou), ("f1_precision_giou", boxes.giou)):
+            met = len(targets) == 1 and bool(overlap(predicted, targets[0]) >= threshold)
+            right[name] += met if answered else len(targets) == 0
+    shares = {name: count / len(counts) for name, count in right.items()}
+    return shares | {"several": sum(count > 1 for count in counts) / len(counts)}
+
+
+def pointing(heat: Float[Tensor, "row column"], box_xyxy: Float[Tensor, "4"]) -> float:
+    """The pointing game (Zhang et al. 2016) on a grid: is the middle of the hottest cell in the box?
+
+    Args:
+        box_xyxy: normalised to the image.
+
+    Returns:
+        1 or 0; where several cells are equally hot, the share of them; 0 of a map without heat.
+    """
+    if not heat.max() > 0:
+        return 0.0
+    rows, columns = (heat == heat.max()).nonzero().unbind(1)
+    y, x = (rows + 0.5) / heat.shape[0], (columns + 0.5) / heat.shape[1]
+    left, top, right, bottom = box_xyxy.to(heat.device)
+    return ((left <= x) & (x < right) & (top <= y) & (y < bottom)).double().mean().item()
+
+
+def energy_in_box(heat: Float[Tensor, "row column"], box_xyxy: Float[Tensor, "4"]) -> float:
+    """Share of a map's positive heat that lies in a box; cells count by the part that the box covers.
+
+    Args:
+        box_xyxy: normalised to the image.
+
+    Returns:
+        Between 0 and 1; 0 of a map without heat.
+    """
+    heat = heat.clamp(min=0)
+    cover = boxes.patch_cover(boxes.xyxy_to_xywh(box_xyxy.to(heat.device))[None], tuple(heat.shape), (1, 1))[0]
+    return ((cover * heat.flatten()).sum() / heat.sum().clamp(min=torch.finfo(heat.dtype).tiny)).item()
+
+
 def choice_accuracy(scores: Sequence[Float[Tensor, "_ _"]]) -> dict[str, float]:
     """Telling the regions of an image apart: pick the text of a region, and the region of a text.
 

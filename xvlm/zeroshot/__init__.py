@@ -1,5 +1,5 @@
-"""Ways of grounding that were not trained to: each a :class:`xvlm.grounder.Method`."""
+"""Ways of grounding that were not trained on boxes: each a :class:`xvlm.grounder.Method`, or leads to one."""
 
-from xvlm.zeroshot import gradcam
+from xvlm.zeroshot import gradcam, weak
 
-__all__ = ["gradcam"]
+__all__ = ["gradcam", "weak"]

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from xvlm import boxes
 from xvlm.config import Configured
 from xvlm.data.processor import Processor
+from xvlm.models.attached import Attached
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Concepts, Grounded, Proposals, Texts, Words
 
 
 class GradCAMConfig(Configured):
-    layer: Annotated[int, Field(ge=0)] = 3  # of the cross encoder; X-VLM's block 9. ALBEF's best is 2, its block 8
+    # Of the cross encoder; null: the middle, 3 of 6, X-VLM's block 9. ALBEF's best is 2, its block 8.
+    layer: Annotated[int, Field(ge=0)] | None = None
     # A box is worth its heat over area ** alpha: 0 prefers the largest, 1 the densest.
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     # How heat in a box is summed: `cells` are constant densities, partly covered ones count by their share; `pixels` is
@@ -30,6 +32,13 @@ class GradCAMConfig(Configured):
     pool: Literal["cells", "pixels"] = "cells"
     # Without proposals: the box around the cells that are at least so hot, as a share of the hottest.
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class BestLayer(Attached):
+    """The cross layer whose heat fits true boxes best, as ``xvlm layers`` found."""
+
+    FILE = "gradcam.json"
+    layer: Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,9 @@ class GradCAM(nn.Module):
         if "itm_head" not in model.config.heads:
             raise ValueError("gradcam follows the matching head, and the model has no itm_head")
         layers = len(model.cross.layers)
-        if config.layer >= layers:
-            raise ValueError(f"gradcam.layer is {config.layer}, but the cross encoder has {layers} layers, from 0 on")
+        self.layer = layers // 2 if config.layer is None else config.layer
+        if self.layer >= layers:
+            raise ValueError(f"gradcam.layer is {self.layer}, but the cross encoder has {layers} layers, from 0 on")
         self.config, self.model = config, model
 
     @property
@@ -68,7 +78,7 @@ class GradCAM(nn.Module):
         ``scores`` order the boxes of one text and mean nothing between texts; ``presence`` is the matching head's.
         Where nothing is proposed for an image, the answer is the box around the heat.
         """
-        heat, presence = heat_maps(self.model, texts, seen.concepts, about, self.config.layer)
+        heat, presence = heat_maps(self.model, texts, seen.concepts, about, self.layer)
         found = []
         for each, p, image in zip(heat, presence.tolist(), about.tolist(), strict=True):
             proposed = None if seen.proposals is None else seen.proposals[image].to(heat.device)
@@ -139,9 +149,10 @@ def token_maps(
     with torch.no_grad():
         said = model.encode_text(texts)
     with torch.enable_grad():
-        fused = model.fuse(said, concepts, about, keep_map=layer)
-        logits = model.match(fused)
-        attention = model.cross.layers[layer].cross_attention.take_map()
+        try:
+            logits = model.match(model.fuse(said, concepts, about, keep_map=layer))
+        finally:
+            attention = model.cross.layers[layer].cross_attention.take_map()
         (gradient,) = torch.autograd.grad(logits[:, 1].float().sum(), attention)
     heat = (attention.detach() * gradient.clamp(min=0)).mean(1)[:, 1:].float()  # without the pooled token's share
     return heat.unflatten(1, concepts.grid), logits.detach().float().softmax(-1)[:, 1]
