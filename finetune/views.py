@@ -53,7 +53,7 @@ def galleries(view: View, rows: Sequence[Any], shards: Shards, title: str, count
     """The best, the worst and some examples drawn; which of equal ones is left to chance, the same each time."""
     examples = view.examples(rows)
     Random(0).shuffle(examples)
-    some, ordered = examples[:count], sorted(examples, key=lambda example: example.score, reverse=True)
+    some, ordered = examples[-count:], sorted(examples, key=lambda example: example.score, reverse=True)
     chosen = {"the best": ordered[:count], "the worst": ordered[count:][: -count - 1 : -1], "drawn by lot": some}
     return [
         report.Gallery(f"{title}: {name}", [view.draw(example.row, rows, shards) for example in part])

@@ -204,7 +204,7 @@ def shares(work: Callable[[], Any], now: Callable[[], float]) -> dict[str, float
 
     def spent(*functions: Callable) -> float:
         codes = [inspect.unwrap(function).__code__ for function in functions]
-        return sum(entry.totaltime for entry in entries if entry.code in codes)
+        return sum((entry.totaltime for entry in entries if entry.code in codes), 0.0)
 
     decoding = spent(decode_small) or spent(rgb)
     parts = {

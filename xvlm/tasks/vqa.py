@@ -142,13 +142,14 @@ class Questions(Stream):
         chosen = rng.sample(known, min(self.config.max_regions, len(known)))
         texts = [question.text for question in chosen] + [answer for each in chosen for answer in each.answers]
         seen = self.augmented(shards, i, image, rng, texts)
+        height, width = self.processor.config.image_size
         answers, said = iter(seen.texts[len(chosen) :]), []
         for question, text in zip(chosen, seen.texts, strict=False):
             given = [(next(answers), weight) for weight in question.answers.values()]
             given = [(ending(self.processor, answer), w) for answer, w in given if self.processor.has_words(answer)]
             if given and self.processor.has_words(text):
                 ids = self.processor.encode(text)[0]
-                whole = [0.0, 0.0, float(size[1]), float(size[0])]
+                whole = [0.0, 0.0, float(width), float(height)]
                 said.append(Asked(ids, ids, [False] * len(ids), "question", whole, given))
         if not said:
             raise shards.broken(i, "the record has no question with an answer")
