@@ -34,7 +34,7 @@ def test_every_reader_is_named_once_and_every_name_is_a_reader():
 @each_reader
 def test_readers_are_called_alike_and_state_their_boxes(reader: ModuleType):
     parameters = inspect.signature(reader.read).parameters
-    assert list(parameters)[:3] == ["folder", "split", "allow_missing"]
+    assert list(parameters)[:2] == ["folder", "split"]
     assert parameters["allow_missing"].kind is inspect.Parameter.KEYWORD_ONLY
     assert "Boxes are" in reader.__doc__ or "No boxes" in reader.__doc__
     assert all(extra.default is not inspect.Parameter.empty for extra in list(parameters.values())[2:])
