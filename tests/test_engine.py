@@ -37,6 +37,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # four launches
 def test_divided_weights_train_as_whole_ones_do_and_continue_to_the_bit(tmp_path):
     assert launch("demo", tmp_path / "ddp", "straight", ACCELERATE_USE_CPU="true")["divided"] == [0]
     told = launch("fsdp2", tmp_path / "fsdp", "straight", "cut")
@@ -51,6 +52,7 @@ def test_divided_weights_train_as_whole_ones_do_and_continue_to_the_bit(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # on a CPU it compiles its own communication first
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_deepspeed_continues_to_the_bit(tmp_path):
     for run in ("straight", "cut"):  # it does not train twice in one process

@@ -125,6 +125,8 @@ def test_nothing_asked_is_nothing_answered():
     assert model.match(model.fuse(words, concepts, none, none)).shape == (0, 2)
     unwanted = model.fuse(words, concepts, torch.arange(9), only=torch.zeros_like(words.mask))
     assert unwanted.states.shape == (0, 16)
+    with pytest.raises(ValueError, match="no word of text 0 of 9 is stored"):  # another text's word is no answer
+        model.match(unwanted)
     empty = Texts(batch.texts.ids[:0], batch.texts.mask[:0])
     assert model.embed_text(model.encode_text(empty)).shape == (0, 8)
     assert model.embed_regions(batch.images[0], torch.zeros(0, 4)).shape == (0, 8)

@@ -179,5 +179,8 @@ def test_updates_do_not_depend_on_processes_and_turns(tmp_path):
         expected, got = spreads[1][baseline, 1], spreads[world][baseline, turns]
         assert expected["loss"].abs() > 1e-2 and got.keys() == expected.keys()
         for name, tensor in expected.items():
-            off = float((got[name] - tensor).norm() / (tensor.norm() + 1e-2))
-            assert off < 1e-5, (baseline, turns, world, name, off)
+            off, size = float((got[name] - tensor).norm()), float(tensor.norm())
+            if name.endswith("key.bias"):  # what all keys share changes no attention: rounding is all there is
+                assert max(off, size) < 1e-8, (baseline, turns, world, name, off, size)
+            else:
+                assert off <= 1e-5 * size, (baseline, turns, world, name, off, size)

@@ -67,7 +67,7 @@ def script(main: Callable[[list[str]], None]) -> None:
     except (ConfigError, ValueError, OSError, FloatingPointError, UnusableData) as error:
         sys.exit(f"error: {error}")
     except train.Interrupted as stopped:
-        sys.exit(str(stopped))
+        sys.exit(str(stopped) if distributed.world().rank == 0 else 1)
     except KeyboardInterrupt:  # while packing or evaluating; whatever is written is written whole or not at all
         if distributed.world().rank == 0:
             print("stopped; the same command continues", file=sys.stderr, flush=True)
@@ -123,24 +123,26 @@ def card(out: Path) -> Card:
         when, numbers = f"At step {lines[-1].pop('step')}", lines[-1]
     if not facts and (commits := out / "commits.txt").exists():
         facts = {"commit": ", ".join(commits.read_text().split())}
-    measured = [
-        [*key.split("/", 1), f"{value:.3f}"]
-        for key, value in numbers.items()
-        if isinstance(value, float) and "chance" not in key
-    ]
+    measured = []
+    for key, value in numbers.items():
+        place, _, measure = key.rpartition("/")
+        if isinstance(value, float) and "chance" not in measure:
+            chance = numbers.get(f"{place}/chance_{measure}")
+            measured.append([place, measure, f"{value:.3f}", "" if chance is None else f"{chance:.3f}"])
     seen = next((line["seen"] for line in reversed(runlog.read_log(out)) if "seen" in line), {})
     counts = []
     for name, count in sorted(seen.items()):  # stream/source/what
         stream, _, rest = name.partition("/")
         source, _, what = rest.rpartition("/")
         counts.append([stream, source, what, f"{count:,}"])
+    results = table(["slice", "measure", "value", "chance"], measured)
     config = (out / "config.yaml").read_text().strip()
     origin = ["A training run, with this configuration:", f"```yaml\n{config}\n```"]
     return Card(
         origin="\n\n".join([table(["", ""], [[*fact] for fact in facts.items()])] * bool(facts) + origin),
         data=f"Seen in training:\n\n{table(['stream', 'source', 'what', 'times'], counts)}" if counts else "",
         datasets=tuple(sorted({source for _, source, _, _ in counts})),
-        numbers=f"{when}, on held-out records:\n\n{table(['slice', 'measure', 'value'], measured)}" if measured else "",
+        numbers=f"{when}, on held-out records:\n\n{results}" if measured else "",
     )
 
 

@@ -105,8 +105,15 @@ class Words(Movable):
 
     @property
     def first(self) -> Float[Tensor, "text dim"]:
-        """State of each text's first stored word, [CLS]."""
-        return self.states.index_select(0, self.starts)
+        """State of each text's first stored word, [CLS].
+
+        Raises:
+            ValueError: no word of a text is stored. A GPU, which would have to wait to be asked, fails in its kernel.
+        """
+        without = ~self.mask.any(1)
+        if self.mask.device.type == "cpu" and without.any():
+            raise ValueError(f"no word of text {int(without.nonzero()[0])} of {len(without)} is stored")
+        return self.states.index_select(0, self.starts.masked_fill(without, len(self.states)))
 
     @property
     def beginnings(self) -> Bool[Tensor, "text word"]:

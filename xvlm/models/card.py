@@ -95,21 +95,21 @@ _CARD = """---
     from xvlm import {imports}
 {also}    model, processor = {kind}.from_pretrained("{name}"), Processor.from_pretrained("{name}")
 
-## How it was made
-
-{origin}
-
 ## Data
 
 {data}
-
-## Licence
-
-{licence}
 
 ## Numbers
 
 {numbers}
 
 `golden.safetensors` holds what the weights answered to a fixed input when they were saved: `xvlm verify` compares.
+
+## Licence
+
+{licence}
+
+## How it was made
+
+{origin}
 """
