@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import retention
 from pages import page
 from runs import FinetuneRun, ask, facts, fingerprint, judge, load, read_rows, shards_of, tables, write_rows
 
@@ -83,6 +84,8 @@ def write(file: Path, result: dict[str, Any]) -> dict[str, Any]:
 def show(result: dict[str, Any], written: Path) -> None:
     for table in tables(result):
         print(f"{probe.as_text(table)}\n")
+    if "retention" in result:
+        print(f"{probe.as_text(retention.table(result['retention']))}\n")
     for key in ("data", "weights", "layer", "proposals", "presence", "predictions", "commit"):
         if (value := result.get(key)) is not None:
             said = ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else value

@@ -203,10 +203,10 @@ RECIPES = {
         chance=lambda rows, shards: evaluate.referring_numbers(evaluate.whole_images(rows, shards)),
         protocol="acc@t: share of phrases whose box has an IoU of t or more with the true one (right and bottom "
         "exclusive). overall_iou: summed intersections over summed unions. small, medium, large: below 32² and 96² "
-        "pixels of the stored image. Chance: the whole image as the answer. Of phrases without a target (gRefCOCO): "
-        "n_acc is the share of them of which that is said, t_acc the share of the others of which it is not, "
-        "f1_precision the share of all phrases answered with no box or the only one, as is right, by IoU (and by "
-        "generalised IoU, as in gRefCOCO's script), several the share that name more than one thing; "
+        "pixels of the stored image. Chance: the whole image as the answer. Of phrases without a target (gRefCOCO), "
+        "whose share is absent: n_acc is the share of them of which that is said, t_acc the share of the others of "
+        "which it is not, f1_precision the share of all phrases answered with no box or the only one, as is right, by "
+        "IoU (and by generalised IoU, as in gRefCOCO's script), several the share that name more than one thing; "
         "calibration_error is the ECE of presence in 15 bins. Without a presence every box is an answer.",
         views=(GROUNDING,),
         more_heads=lambda task: ("itm_head",) if task.itm else (),

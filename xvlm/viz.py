@@ -185,6 +185,7 @@ def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, x: str = "
         axes.plot(at, _running_mean(values), color="#1f8fd6", linewidth=2)
         axes.set_title(key, color="#888888", fontsize=11)
         axes.set_xlabel(x, color="#888888", fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return _as_png(figure)
 
 
