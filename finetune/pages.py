@@ -50,10 +50,11 @@ def page(config: FinetuneRun, out: Path | None = None) -> Path:
     results = results_of(config.out)
     pictures = []
     for result in results:
-        split, view = result["split"], config.recipe.view
-        if view:
-            rows = read_rows(config, config.out / f"predictions-{split}.jsonl")
-            pictures += galleries(view, rows, Shards(result["data"]["folder"]), split)
+        split, views = result["split"], config.recipe.views
+        rows = read_rows(config, config.out / f"predictions-{split}.jsonl")
+        for view in views:
+            title = split if len(views) == 1 else f"{split}, {view.headline}"
+            pictures += galleries(view, rows, Shards(result["data"]["folder"]), title)
     numbers = [table for result in results for table in tables(result)]
     if "retention" in results[0]:
         numbers.append(retention.table(results[0]["retention"]))
@@ -85,13 +86,16 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     alike: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for folder in folders:
         for result in results_of(folder):
-            same = (result["task"], result["split"], result["data"]["sha256"][:12], result["protocol"])
+            examples = f"{result['examples']} examples, data {result['data']['sha256'][:12]}"
+            if "proposals" in result:
+                examples += f", proposals {result.get('proposals_sha256', result['proposals'])}"
+            same = (f"{result['task']}, {result['split']}", examples, result["protocol"])
             alike.setdefault(same, {})[str(folder)] = result
     made = []
-    for (task, split, data, protocol), runs in alike.items():
+    for (title, examples, protocol), runs in alike.items():
         names = dict.fromkeys(name for result in runs.values() for name in result["numbers"])
         rows = [[name, *(result["numbers"].get(name) for result in runs.values())] for name in names]
-        made.append(report.Table(f"{task}, {split} (data {data})", ["", *runs], rows, protocol))
+        made.append(report.Table(f"{title} ({examples})", ["", *runs], rows, protocol))
         print(f"{probe.as_text(made[-1])}\n")
     return report.write_report(out, title="Runs side by side", tables=made)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from torch import nn
-from views import CAPTIONING, GROUNDING, NLVR, RETRIEVAL, VQA, View
+from views import CAPTIONING, GROUNDING, IMAGE_TO_TEXT, NLVR, TEXT_TO_IMAGE, VQA, View
 
 from xvlm import evaluate, hub
 from xvlm.data import proposals
@@ -56,7 +56,7 @@ class Recipe:
     numbers: Callable[[Any, Sequence[Any]], Numbers]  # of the task's configuration and rows
     chance: Callable[[Sequence[Any], Shards], Numbers]  # of an answer that needs no model
     protocol: str  # what the numbers are
-    view: View | None = None  # how a report looks at the rows; none: it does not
+    views: tuple[View, ...] = ()  # how a report looks at the rows
     stream: Callable[..., Stream] = texts_about_images
     model: type[Pretrained] = XVLM
     prepare: Callable[[Any, Processor, Sequence[Path]], None] = lambda task, processor, trained_on: None
@@ -104,7 +104,7 @@ def presence_of(task: grounding.Task, weights: Path | None) -> Presence | None:
 
 def facts_of_presence(task: grounding.Task, *, weights: Path | None, **_: Any) -> dict[str, Any]:
     known = presence_of(task, weights)
-    return {"presence": None if known is None else known.model_dump(exclude={"weights"})}
+    return {"proposals": "none", "presence": None if known is None else known.model_dump(exclude={"weights"})}
 
 
 def ask_for_heat(
@@ -191,7 +191,7 @@ RECIPES = {
         chance=lambda rows, shards: evaluate.retrieval_chance(rows),
         protocol="R@k: share of queries with a right answer among the first k. The top_k most similar candidates of a "
         "query are re-ranked by the matching head, others are not found; ties count half. Chance: a random order.",
-        view=RETRIEVAL,
+        views=(TEXT_TO_IMAGE, IMAGE_TO_TEXT),
     ),
     "grounding": Recipe(
         task=grounding.Task,
@@ -203,12 +203,12 @@ RECIPES = {
         chance=lambda rows, shards: evaluate.referring_numbers(evaluate.whole_images(rows, shards)),
         protocol="acc@t: share of phrases whose box has an IoU of t or more with the true one (right and bottom "
         "exclusive). overall_iou: summed intersections over summed unions. small, medium, large: below 32² and 96² "
-        "pixels of the stored image. Chance: the whole image as the answer. Of phrases without a target (gRefCOCO): "
-        "n_acc is the share of them of which that is said, t_acc the share of the others of which it is not, "
-        "f1_precision the share of all phrases answered with no box or the only one, as is right, by IoU (and by "
-        "generalised IoU, as in gRefCOCO's script), several the share that name more than one thing; "
+        "pixels of the stored image. Chance: the whole image as the answer. Of phrases without a target (gRefCOCO), "
+        "whose share is absent: n_acc is the share of them of which that is said, t_acc the share of the others of "
+        "which it is not, f1_precision the share of all phrases answered with no box or the only one, as is right, by "
+        "IoU (and by generalised IoU, as in gRefCOCO's script), several the share that name more than one thing; "
         "calibration_error is the ECE of presence in 15 bins. Without a presence every box is an answer.",
-        view=GROUNDING,
+        views=(GROUNDING,),
         more_heads=lambda task: ("itm_head",) if task.itm else (),
         facts=facts_of_presence,
     ),
@@ -224,7 +224,7 @@ RECIPES = {
         "heat over area ** alpha; where nothing is proposed, of the box around the heat. pointing_game: the hottest "
         "cell's middle is in the true box; energy_in_box: the share of heat in it. Chance: any of the proposals, "
         "without proposals the whole image.",
-        view=GROUNDING,
+        views=(GROUNDING,),
         facts=facts_of_heat,
     ),
     "vqa": Recipe(
@@ -237,7 +237,7 @@ RECIPES = {
         chance=lambda rows, shards: vqa.numbers(vqa.commonest(rows)),
         protocol="VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving each annotator out, after the "
         "server's normalisation; by kind of question too. Chance: the commonest answer of this split to each kind.",
-        view=VQA,
+        views=(VQA,),
         stream=lambda task, config, processor, **place: vqa.Questions(config, processor, None, **place),
         model=Answerer,
         start=lambda task, pretrained, fresh: vqa.starting_model(task, pretrained),
@@ -254,7 +254,7 @@ RECIPES = {
         protocol="CIDEr is CIDEr-D, document frequencies from this split's references; BLEU-n of the whole split "
         "against the nearest length; ROUGE-L with beta 1.2; own implementations and tokenizer. Chance: what people "
         "wrote of another image.",
-        view=CAPTIONING,
+        views=(CAPTIONING,),
         stream=captioning.Captions,
         prepare=captioning.prepare,
         model=Captioner,
@@ -271,7 +271,7 @@ RECIPES = {
         chance=lambda rows, shards: nlvr.numbers(nlvr.commonest(rows)),
         protocol="accuracy over statements; consistency: share of texts judged right of every pair of images they are "
         "said about. Chance: all as most of them are.",
-        view=NLVR,
+        views=(NLVR,),
         stream=lambda task, config, processor, **place: nlvr.Pairs(config, processor, None, **place),
         looks=2,
     ),

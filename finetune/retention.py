@@ -7,10 +7,10 @@ have learned; a head that both tasks have is the one that has learned.
 from typing import Any
 
 import torch
-from runs import FinetuneRun, ask, build, shards_of
+from runs import FinetuneRun, ask, build, fingerprint, shards_of
 from torch import nn
 
-from xvlm import hub, report
+from xvlm import report
 from xvlm.config import ConfigError
 from xvlm.evaluate import Numbers
 from xvlm.models import convert, lora
@@ -41,12 +41,11 @@ def measure(config: FinetuneRun, device: torch.device, learned: nn.Module | None
 
 def about(config: FinetuneRun, before: Numbers, after: Numbers) -> dict[str, Any]:
     """Both with what they depend on."""
-    folder = config.retention.shards
     return {
         "task": config.retention.task.name,
         "protocol": _old(config).recipe.protocol,
         "settings": config.retention.task.model_dump(mode="json"),
-        "data": {"folder": str(folder), "sha256": hub.digest(folder)},
+        "data": fingerprint(config.retention.shards),
         "before": before,
         "after": after,
     }
@@ -54,7 +53,7 @@ def about(config: FinetuneRun, before: Numbers, after: Numbers) -> dict[str, Any
 
 def table(result: dict[str, Any]) -> report.Table:
     before, after = result["before"], result["after"]
-    rows = [[name, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name in before if name in after]
+    rows = [[name, before[name], after[name]] for name in before if name in after]
     return report.Table(f"retained: {result['task']}", ["", "before", "after"], rows, result["protocol"])
 
 

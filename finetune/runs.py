@@ -248,24 +248,23 @@ def facts(config: FinetuneRun, task: nn.Module, weights: Path) -> dict[str, Any]
 
 def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any) -> dict[str, Any]:
     """The numbers of a split with all that they depend on."""
-    view = config.recipe.view
     return {
         "task": config.task.name,
         "split": split,
         "protocol": config.recipe.protocol,
         "settings": config.task.model_dump(mode="json"),
-        "data": {"folder": str(config.evaluation.splits[split]), "sha256": hub.digest(config.evaluation.splits[split])},
+        "data": fingerprint(config.evaluation.splits[split]),
         "commit": probe.commit(),
         **made_with,
         "examples": len(rows),
         "numbers": config.recipe.numbers(config.task, rows),
         "chance": config.recipe.chance(rows, shards_of(config, split)),
-        "slices": by_slice(view, rows) if view else {},
+        "slices": {view.headline: by_slice(view, rows) for view in config.recipe.views},
     }
 
 
-def weights(name: Path | str) -> dict[str, str]:
-    """Which weights made some predictions."""
+def fingerprint(name: Path | str) -> dict[str, str]:
+    """Which file or folder something was made from; of weights also a name that is shipped or on the hub."""
     return {"folder": str(name), "sha256": hub.digest(hub.locate(name))}
 
 
@@ -273,19 +272,12 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     """The numbers of :func:`judge` (``untrained``: those of the model as it started), and those of its slices."""
     before = result.get("untrained")
     columns = {"trained" if before else "measured": result["numbers"], "untrained": before, "chance": result["chance"]}
-    shown = {name: column for name, column in columns.items() if column}
-    rows = [
-        [name, *(f"{column[name]:.3f}" if name in column else "-" for column in shown.values())]
-        for name in result["numbers"]
-    ]
-    title = f"{result['task']}, {result['split']}: {result['examples']} examples"
-    made = [report.Table(title, ["", *shown], rows, result["protocol"])]
-    if result.get("slices"):
-        heads = list(result["slices"]["all"])
-        rows = [[name, *(_cell(numbers[head]) for head in heads)] for name, numbers in result["slices"].items()]
-        made.append(report.Table(f"{result['task']}, {result['split']}: slices", ["", *heads], rows, SLICES))
-    return made
-
-
-def _cell(value: float) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    found = {name: column for name, column in columns.items() if column}
+    rows = [[name, *(column.get(name) for column in found.values())] for name in result["numbers"]]
+    title = f"{result['task']}, {result['split']}"
+    made = [report.Table(f"{title}: {result['examples']} examples", ["", *found], rows, result["protocol"])]
+    for headline, slices in result["slices"].items():
+        rows = [[name, part["examples"], part[headline]] for name, part in slices.items()]
+        if rows:
+            made.append(report.Table(f"{title}: slices", ["", "examples", headline], rows, SLICES))
+    return made if result["numbers"] else []

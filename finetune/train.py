@@ -19,10 +19,10 @@ from runs import (
     calibrate,
     check_calibration,
     facts,
+    fingerprint,
     judge,
     tables,
     trained_on,
-    weights,
     write_rows,
 )
 
@@ -84,7 +84,7 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     knows = None if config.retention is None else retention.measure(config, accelerator.device, task.model)
     if world.rank == 0:
         about = probe.facts(config.out, config.train.seed, (time.time() - started) / 60, accelerator.device)
-        about |= facts(config, task, config.out / "model")
+        about |= {"weights": fingerprint(config.out / "model"), **facts(config, task, config.out / "model")}
         about |= {"parameters": parameters, "parameters that learn": learn}
         if config.retention is not None:
             about |= {"retention": retention.about(config, knew, knows)}
@@ -113,7 +113,7 @@ def write(config: FinetuneRun, before: dict[str, Numbers], answered: dict[str, l
     """``predictions-SPLIT.jsonl``, ``results-SPLIT.json`` and ``report.html``; prints the tables."""
     for split, rows in answered.items():
         write_rows(config.out / f"predictions-{split}.jsonl", rows)
-        result = judge(config, split, rows, weights=weights(config.out / "model"), untrained=before.get(split), **about)
+        result = judge(config, split, rows, untrained=before.get(split), **about)
         hub.write_atomically(config.out / f"results-{split}.json", json.dumps(result, indent=2) + "\n")
         for table in tables(result):
             print(f"\n{probe.as_text(table)}")

@@ -15,6 +15,7 @@ from xvlm.metrics import captions, slices
 from xvlm.tasks import captioning, nlvr, vqa
 
 Picture = tuple[Image.Image, str]  # with its caption
+SHEET = {"width": 230, "letters": 22}  # of two pictures side by side, legible at half their size
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ def draw_phrase(row: evaluate.Query, _rows: Sequence[evaluate.Query], shards: Sh
     return probe.drawn(shards, row)
 
 
-# Retrieval.
+# Retrieval. Rows know images and texts by their numbers; a row that asks about one has its name.
+
+
+def texts_of(rows: Sequence[evaluate.Ranked]) -> list[str]:
+    return [row.query for row in rows if row.direction == "text_to_image"]
 
 
 def asked_texts(rows: Sequence[evaluate.Ranked]) -> list[Example]:
@@ -96,16 +101,34 @@ def asked_texts(rows: Sequence[evaluate.Ranked]) -> list[Example]:
     return [Example(row, [row.query], float(row.rank <= 1), -row.rank) for row in asked]
 
 
-def draw_ranks(row: evaluate.Ranked, rows: Sequence[evaluate.Ranked], shards: Shards, most: int = 4) -> Picture:
+def asked_images(rows: Sequence[evaluate.Ranked]) -> list[Example]:
+    """Images are sliced by the words of their own texts."""
+    texts = texts_of(rows)
+    asked = [row for row in rows if row.direction == "image_to_text"]
+    return [Example(row, [texts[text] for text in row.right], float(row.rank <= 1), -row.rank) for row in asked]
+
+
+def draw_images(row: evaluate.Ranked, rows: Sequence[evaluate.Ranked], shards: Shards, most: int = 4) -> Picture:
     """A text's first images, the right one marked."""
     texts = [each for each in rows if each.direction == "text_to_image"]
-    # Rows know images by number; an image that was asked about has its name as its query.
     name = {texts[each.right[0]].right[0]: each.query for each in rows if each.direction == "image_to_text"}
-    shown = [image for image in row.candidates if image in name][:most]
-    marks = [f"{n}{' right' if image in row.right else ''}" for n, image in enumerate(shown, 1)]
-    sheet = viz.contact_sheet([picture_of(shards, name[image]) for image in shown], marks, columns=2, width=230)
-    rank = "not among the candidates" if row.rank == float("inf") else f"the right one is number {row.rank:g}"
-    return sheet, f"{row.query}\n{rank}"
+    found = [image for image in row.candidates if image in name][:most]
+    marks = [f"{n}{' right' if image in row.right else ''}" for n, image in enumerate(found, 1)]
+    sheet = viz.contact_sheet([picture_of(shards, name[image]) for image in found], marks, columns=2, **SHEET)
+    return sheet, f"{row.query}\n{place(row)}"
+
+
+def draw_texts(row: evaluate.Ranked, rows: Sequence[evaluate.Ranked], shards: Shards, most: int = 4) -> Picture:
+    """An image's first texts, the right ones marked."""
+    texts = texts_of(rows)
+    found = [f"{n}{' right' if text in row.right else ''}: {texts[text]}" for n, text in enumerate(row.candidates, 1)]
+    return plain(picture_of(shards, row.query)), "\n".join([*found[:most], place(row)])
+
+
+def place(row: evaluate.Ranked) -> str:
+    if row.rank == float("inf"):
+        return "nothing right is among the candidates"
+    return f"{'the right one' if len(row.right) == 1 else 'the first right one'} is number {row.rank:g}"
 
 
 # VQA.
@@ -154,11 +177,12 @@ def statements(rows: Sequence[nlvr.Judged]) -> list[Example]:
 def draw_statement(row: nlvr.Judged, _rows: Sequence[nlvr.Judged], shards: Shards) -> Picture:
     both = [picture_of(shards, row.record), picture_of(shards, row.other)]
     said = f"{row.text}\nanswer: {row.probability > 0.5} ({row.probability:.2f}), truth: {row.label}"
-    return viz.contact_sheet(both, ["left", "right"], columns=2, width=230), said
+    return viz.contact_sheet(both, ["left", "right"], columns=2, **SHEET), said
 
 
 GROUNDING = View("acc@0.5", phrases, draw_phrase)
-RETRIEVAL = View("text_to_image_r1", asked_texts, draw_ranks)
+TEXT_TO_IMAGE = View("text_to_image_r1", asked_texts, draw_images)
+IMAGE_TO_TEXT = View("image_to_text_r1", asked_images, draw_texts)
 VQA = View("accuracy", questions, draw_question)
 CAPTIONING = View("CIDEr", written, draw_caption)
 NLVR = View("accuracy", statements, draw_statement)

@@ -114,7 +114,7 @@ def query(predicted, true, *tags):
 def test_referring_numbers_by_threshold_size_and_tag():
     """IoU 1 of a small object, 0.75 of a medium one, 0.5 of a large one; by area 100 + 3000 + 10000 of 14100."""
     answered = [
-        query((0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 10.0), "seen"),
+        query((0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 10.0), "seen", "large"),  # for a scene, not by COCO's areas
         query((0.0, 0.0, 40.0, 75.0), (0.0, 0.0, 40.0, 100.0), "seen", "left"),
         query((0.0, 0.0, 100.0, 100.0), (0.0, 0.0, 100.0, 200.0), "left"),
         query((0.0, 0.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0), "seen"),
@@ -122,7 +122,7 @@ def test_referring_numbers_by_threshold_size_and_tag():
     expected = {"acc@0.5": 3 / 4, "acc@0.7": 2 / 4, "acc@0.9": 1 / 4, "mean_iou": 2.25 / 4}
     expected["overall_iou"] = (100 + 3000 + 10000) / (100 + 4000 + 20000 + 200)
     expected |= {"acc@0.5 small": 1 / 2, "acc@0.5 medium": 1.0, "acc@0.5 large": 1.0}
-    expected |= {"acc@0.5 seen": 2 / 3, "acc@0.5 left": 1.0}
+    expected |= {"acc@0.5 tag: seen": 2 / 3, "acc@0.5 tag: left": 1.0, "acc@0.5 tag: large": 1.0}
     assert evaluate.referring_numbers(answered) == {name: pytest.approx(value) for name, value in expected.items()}
     with pytest.raises(ValueError, match="no phrase with a box"):
         evaluate.referring_numbers([])

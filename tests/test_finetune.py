@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -299,6 +300,9 @@ def test_a_run_is_trained_evaluated_and_scored_again(scripts, folder, tmp_path, 
     capsys.readouterr()
     score.main([*words, f"predictions={kept}", f"out={tmp_path / 'nowhere'}"])
     assert f"{trained['numbers']['accuracy']:.3f}" in capsys.readouterr().out
+    scored = json.loads((tmp_path / "kept.results.json").read_text())
+    assert (scored["numbers"], scored["data"]) == (trained["numbers"], trained["data"])
+    assert scored["predictions"] == {"folder": str(kept), "sha256": hub.digest(kept)}
     with pytest.raises(ValueError, match="has no id to be submitted under"):
         score.main([*words, f"predictions={kept}", f"submission={tmp_path / 'file.json'}"])
     kept.write_text(rows + '{"record": 3}\n')
@@ -307,10 +311,19 @@ def test_a_run_is_trained_evaluated_and_scored_again(scripts, folder, tmp_path, 
     with pytest.raises(ConfigError, match=r"evaluation\.splits has no 'val'; it has test"):
         score.main([*words, "split=val"])
     page = (out / "report.html").read_text()
-    assert {"all", "words: attribute"} <= trained["slices"].keys() and trained["slices"] == again["slices"]
+    assert {"all", "words: attribute"} <= trained["slices"]["accuracy"].keys() and trained["slices"] == again["slices"]
+    assert again["untrained"] == trained["untrained"] and again["minutes"] == trained["minutes"]
     assert "test: the best" in page and "words: attribute" in page and page.count("data:image/jpeg") > 12
+    other = tmp_path / "elsewhere/other"
+    shutil.copytree(out / "model", other)
+    score.main([*words, f"model={other}"])  # is told of in a folder of its own
+    assert (out / "elsewhere-other/report.html").exists()
+    assert json.loads((out / "elsewhere-other/results-test.json").read_text())["numbers"] == trained["numbers"]
+    assert json.loads((out / "results-test.json").read_text()) == again
     (out / "report.html").unlink()
     pages = sys.modules["pages"]
+    capsys.readouterr()
+    pages.main([str(out / "elsewhere-other")])
     pages.main([str(out)])
     assert (out / "report.html").read_text() == page
     capsys.readouterr()
@@ -395,7 +408,7 @@ def rows(folder):
         for n, (i, e) in enumerate(said)
     ]
     asked = [(record.id, q) for record in records for q in record.questions]
-    answers = [vqa.Answered(name, q.text, q.id, q.kind, q.answers, "red") for name, q in asked]
+    answers = [vqa.Answered(name, q.text, q.id, q.kind, q.answers, "no") for name, q in asked]
     captions = [captioning.Captioned(r.id, tuple(r.captions), r.captions[n % 2]) for n, r in enumerate(records)]
     stated = [(record.id, each) for record in records for each in record.statements]
     truths = [nlvr.Judged(name, s.other, s.text, s.label, 0.3 + 0.1 * (n % 5)) for n, (name, s) in enumerate(stated)]
@@ -417,19 +430,20 @@ def test_written_rows_give_the_same_numbers_and_the_slices_add_up(task, scripts,
     assert again == rows[task] and runs.judge(config, "test", again) == result
     assert {"split", "protocol", "settings", "data", "commit"} <= result.keys()
     assert result["data"]["sha256"] == hub.digest(folder)
-    headline, slices = config.recipe.view.headline, result["slices"]
-    assert slices["all"][headline] == pytest.approx(result["numbers"][headline])
-    assert len([name for name in slices if name.startswith("words: ")]) > 1
-    assert all(1 <= part["examples"] <= slices["all"]["examples"] for part in slices.values())
-    assert [len(table.columns) for table in runs.tables(result)] == [3, 3]
-    drawn = views.galleries(config.recipe.view, again, Shards(folder), "test", count=2)
-    assert [gallery.title for gallery in drawn] == ["test: the best", "test: the worst", "test: drawn by lot"]
-    assert all(len(gallery.pictures) == 2 for gallery in drawn)
-    scores = {id(each.row): each.score for each in config.recipe.view.examples(again)}
-    best = sorted(scores.values(), reverse=True)
-    captions = {config.recipe.view.draw(row, again, Shards(folder))[1]: scores[id(row)] for row in again
-                if id(row) in scores}  # fmt: skip
-    assert captions[drawn[0].pictures[0][1]] == best[0] > best[-1] == captions[drawn[1].pictures[0][1]]
+    assert [len(table.columns) for table in runs.tables(result)] == [3] * (1 + len(config.recipe.views))
+    assert result["slices"].keys() == {view.headline for view in config.recipe.views}
+    for view in config.recipe.views:
+        slices = result["slices"][view.headline]
+        assert slices["all"][view.headline] == pytest.approx(result["numbers"][view.headline])
+        assert len([name for name in slices if name.startswith("words: ")]) > 1
+        assert all(1 <= part["examples"] <= slices["all"]["examples"] for part in slices.values())
+        drawn = views.galleries(view, again, Shards(folder), "test", count=2)
+        assert [gallery.title for gallery in drawn] == ["test: the best", "test: the worst", "test: drawn by lot"]
+        assert all(len(gallery.pictures) == 2 for gallery in drawn)
+        found = view.examples(again)
+        captions = {view.draw(each.row, again, Shards(folder))[1]: each.score for each in found}
+        scores = sorted(each.score for each in found)
+        assert captions[drawn[0].pictures[0][1]] == scores[-1] > scores[0] == captions[drawn[1].pictures[0][1]]
 
 
 def test_tags_kinds_and_sizes_are_slices(scripts, rows):

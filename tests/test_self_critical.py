@@ -91,11 +91,13 @@ def test_the_gradient_is_that_of_the_log_probability_times_the_gain(baseline, mo
 
     monkeypatch.setattr(Reward, "__call__", listen)
     task.zero_grad()
-    loss = task({"train": batch()})["train/self_critical"]
+    told = task({"train": batch()})
+    loss = told["train/self_critical"]
     loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in task.named_parameters() if parameter.grad is not None}
     texts, rewards = drawn[0]
     assert len(rewards) == 12 and rewards.std() > 0
+    assert told["train/reward"] == rewards.mean() and not told["train/reward"].requires_grad
     if baseline == "greedy":
         gain = rewards.view(4, 3) - drawn[1][1][:, None]
     else:

@@ -243,6 +243,18 @@ def test_training_is_in_training_mode_and_statistics_stay_where_they_are_frozen(
     assert all(torch.equal(buffer, before[name]) for name, buffer in task.named_buffers())
 
 
+@pytest.mark.parametrize("frozen", [["model.vision"], ["model.vision.trunk.layer1"]])
+def test_statistics_of_layers_that_do_not_learn_stay(tmp_path, frozen):
+    vision = VisionConfig(trunk="resnet10t", image_size=(32, 32))
+    task = Task(PretrainingConfig(), tiny.model(tiny.CONFIG.model_copy(update={"vision": vision})))
+    before = {name: buffer.clone() for name, buffer in task.named_buffers() if "running_" in name}
+    (tmp_path / "run").mkdir()
+    config, optim = train.TrainConfig(steps=2), OPTIM.model_copy(update={"freeze": frozen})
+    train.fit(task, STREAMS, config, optim, tmp_path / "run", train.make_accelerator(config, tmp_path / "run"))
+    moved = {name for name, buffer in task.named_buffers() if name in before and not torch.equal(buffer, before[name])}
+    assert moved == {name for name in before if not name.startswith(tuple(frozen))}
+
+
 def test_frozen_statistics_are_frozen_from_birth():
     batch_norm = torch.nn.modules.batchnorm._BatchNorm
     for freeze in (True, False):

@@ -376,7 +376,7 @@ def referring_numbers(answered: Sequence[Query]) -> Numbers:
     area = boxes.area(merged)
     parts = {f"acc@0.5 {size}": (area >= least) & (area < most) for size, (least, most) in SIZES.items()}
     for tag in sorted({tag for query in there for tag in query.tags}):
-        parts[f"acc@0.5 {tag}"] = torch.tensor([tag in query.tags for query in there])
+        parts[f"acc@0.5 tag: {tag}"] = torch.tensor([tag in query.tags for query in there])
     for name, part in parts.items():
         if part.any():
             numbers[name] = metrics.grounding_accuracy(predicted[part], merged[part])

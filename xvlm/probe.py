@@ -123,9 +123,9 @@ def tables(before: dict[str, Numbers], after: dict[str, Numbers]) -> list[report
 
 def as_text(table: report.Table) -> str:
     """A table for the terminal."""
-    rows = [table.columns, *table.rows]
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(table.columns))]
-    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rows = [[report.shown(cell) for cell in row] for row in (table.columns, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([table.title, *lines])
 
 

@@ -100,12 +100,17 @@ def _note(note: str) -> str:
     return f'<p class="note">{escape(note)}</p>\n' if note else ""
 
 
-def _cell(value: Cell) -> str:
+def shown(value: Cell) -> str:
+    """A cell as people read it."""
     if value is None:
         return "–"
     if isinstance(value, float):  # shares line up under each other; losses and rates keep their digits
         return f"{value:.3f}" if 0.01 <= abs(value) <= 1 or value == 0 else f"{value:.4g}"
-    return escape(str(value))
+    return str(value)
+
+
+def _cell(value: Cell) -> str:
+    return escape(shown(value))
 
 
 def _is_number(value: Cell) -> bool:

@@ -76,7 +76,7 @@ def script(main: Callable[[list[str]], None]) -> None:
 
 def finished(config: RunConfig) -> bool:
     """Whether this very run has ended before; says so."""
-    # An evaluation of other weights may have left a report in the folder of a run that has not ended.
+    # An evaluation may have left a report in the folder of a run that was stopped before it told what it measured.
     ended = all((config.out / name).exists() for name in ("config.yaml", "model", "report.html"))
     if ended:
         distributed.main_first(partial(train.claim, config.out, config))

@@ -130,16 +130,19 @@ def heat_of_words(
 
 
 def contact_sheet(
-    images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, *, width: int = 320
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4, *, width: int = 320, letters: int = 12
 ) -> Image.Image:
     """Pictures in rows, each ``width`` pixels wide with its wrapped caption below.
+
+    Args:
+        letters: their least height in pixels.
 
     Raises:
         ValueError: no images, or another number of captions than images.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"expected images and a caption for each, found {len(images)} and {len(captions)}")
-    margin, font = 12, ImageFont.load_default(max(12, width // 20))
+    margin, font = 12, ImageFont.load_default(max(letters, width // 20))
     line = round(font.size * 1.3)
     scaled = [image.convert("RGB").resize((width, max(1, width * image.height // image.width))) for image in images]
     wrapped = [_wrap(caption, font, width) for caption in captions]
@@ -182,6 +185,7 @@ def curves(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, x: str = "
         axes.plot(at, _running_mean(values), color="#1f8fd6", linewidth=2)
         axes.set_title(key, color="#888888", fontsize=11)
         axes.set_xlabel(x, color="#888888", fontsize=9)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return _as_png(figure)
 
 

@@ -117,11 +117,12 @@ class VisionEncoder(nn.Module):
         return has_one and getattr(self.trunk, "global_pool", "token") == "token"
 
     def train(self, mode: bool = True) -> "VisionEncoder":
+        """A BatchNorm keeps its running statistics where its own weights do not learn, and all do by configuration."""
         super().train(mode)
-        if self.config.freeze_statistics:
-            for module in self.trunk.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        for module in self.trunk.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                frozen = self.config.freeze_statistics or not all(p.requires_grad for p in module.parameters())
+                module.train(mode and not frozen)
         return self
 
     def _check_local_layers(self) -> None:

@@ -63,10 +63,16 @@ class Task(nn.Module):
         self.model = model
 
     def forward(self, batches: dict[str, Batch]) -> dict[str, Tensor]:
-        """Losses by name, ``<stream>/caption``; of self-critical training, ``<stream>/self_critical``."""
-        if self.config.self_critical is not None:
-            return {f"{stream}/self_critical": self.self_critical_loss(batch) for stream, batch in batches.items()}
-        return {f"{stream}/caption": self.loss(batch) for stream, batch in batches.items()}
+        """Losses by name, ``<stream>/caption``; of self-critical training, ``<stream>/self_critical``.
+
+        That also has ``<stream>/reward``, the mean CIDEr-D of what was drawn: without a gradient, there to be logged.
+        """
+        if self.config.self_critical is None:
+            return {f"{stream}/caption": self.loss(batch) for stream, batch in batches.items()}
+        told = {}
+        for stream, batch in batches.items():
+            told[f"{stream}/self_critical"], told[f"{stream}/reward"] = self.self_critical_loss(batch)
+        return told
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of the words after the prompt, each text about the image or region it belongs to."""
@@ -74,8 +80,10 @@ class Task(nn.Module):
         logits = self.model.decoder(batch.texts, *self.look(batch), only=only)
         return losses.captions(logits, words, self.config.label_smoothing)
 
-    def self_critical_loss(self, batch: Batch) -> Tensor:
+    def self_critical_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """- mean of (reward - baseline) * log-probability, over the captions drawn on all processes.
+
+        Second, the mean reward on this one.
 
         The reward is CIDEr-D against the batch's own texts, several of each image; the log-probability a mean over the
         drawn words, the end among them. What is drawn for an image follows from its place in the run, so that a batch
@@ -100,7 +108,7 @@ class Task(nn.Module):
         words = drawn.texts.mask[:, prompt.shape[1] :].sum(1)
         gain = (found - baseline).flatten().to(drawn.log_p.device)
         share = distributed.share_of_mean(torch.tensor(float(len(rows)), device=rows.device))
-        return -(gain * drawn.log_p.sum(1) / words).sum() * share
+        return -(gain * drawn.log_p.sum(1) / words).sum() * share, found.mean().to(gain.device)
 
     @torch.no_grad()
     def _most_likely(self, batch: Batch, prompt: Int[Tensor, "1 word"]) -> Texts:
