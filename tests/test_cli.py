@@ -157,6 +157,9 @@ def test_ground_draws_where_the_model_looks_for_each_word(folder, picture, tmp_p
     *_, first, second = lines_of("ground", picture, "a red disc", "star", "--words", "--model", folder, "--out", drawn)
     assert (first, second) == (str(drawn), str(tmp_path / "drawn-words.png"))
     strip = Image.open(second)
+    before = strip.tobytes()  # two cross layers, of which the last has heat for [CLS] alone
+    lines_of("ground", picture, "a red disc", "star", "--words", "--layer", 0, "--model", folder, "--out", drawn)
+    assert before == Image.open(second).tobytes()
     assert strip.width == 5 * 220 + 6 * 12  # the picture, [CLS] and three words
     assert strip.height > 2 * 220
 

@@ -207,18 +207,21 @@ def test_each_word_has_the_mean_of_its_tokens_and_their_mean_is_the_phrase():
     with torch.no_grad():
         concepts = model.encode_image(tiny.batch(images=1, per_image=1, whole=True).images)
     phrase = "the zebra star"  # a word of pieces between two whole ones
-    found = word_maps(model, processor, phrase, concepts, 1)
+    found = word_maps(model, processor, phrase, concepts, 0)
     assert [word for word, _ in found] == ["[CLS]", "the", "zebra", "star"]
+    assert all(heat.max() > 0 for _, heat in found)
+    last = word_maps(model, processor, phrase, concepts, len(model.cross.layers) - 1)
+    assert [bool(heat.max() > 0) for _, heat in last] == [True, False, False, False]  # the head reads [CLS] alone
     texts, about = processor.texts([phrase]), torch.zeros(1, dtype=torch.long)
     spans = [slice(0, 1), slice(1, 2), slice(2, 7), slice(7, 8)]
     assert texts.mask.sum() == 8
     for span, (_, heat) in zip(spans, found, strict=True):
         words = torch.zeros_like(texts.mask)
         words[:, span] = True
-        torch.testing.assert_close(heat, heat_maps(model, texts, concepts, about, 1, words)[0][0])
+        torch.testing.assert_close(heat, heat_maps(model, texts, concepts, about, 0, words)[0][0])
     weights = torch.tensor([1.0, 1, 5, 1])
     mean = (torch.stack([heat for _, heat in found]) * weights[:, None, None]).sum(0) / 8
-    torch.testing.assert_close(heat_maps(model, texts, concepts, about, 1)[0][0], mean)
+    torch.testing.assert_close(heat_maps(model, texts, concepts, about, 0)[0][0], mean)
 
 
 def test_words_that_cleaning_shortens_or_takes_apart_keep_their_own_tokens():
@@ -228,10 +231,10 @@ def test_words_that_cleaning_shortens_or_takes_apart_keep_their_own_tokens():
     model = tiny.model()
     with torch.no_grad():
         concepts = model.encode_image(tiny.batch(images=1, per_image=1, whole=True).images)
-    found = dict(word_maps(model, processor, "man's T-shirt, red!", concepts, 1))
+    found = dict(word_maps(model, processor, "man's T-shirt, red!", concepts, 0))
     assert list(found) == ["[CLS]", "mans", "t", "shirt", "red"]
     texts, about = processor.texts(["mans t shirt red"]), torch.zeros(1, dtype=torch.long)
-    tokens, _ = token_maps(model, texts, concepts, about, 1)
+    tokens, _ = token_maps(model, texts, concepts, about, 0)
     for word, span in (("mans", slice(1, 3)), ("t", slice(3, 4)), ("shirt", slice(4, 6)), ("red", slice(6, 7))):
         torch.testing.assert_close(found[word], tokens[span].mean(0))
 

@@ -122,7 +122,9 @@ def ground(
     if words:
         with torch.no_grad():
             concepts = weights.eval().encode_image(processor.pixel_values(picture)[None])
-        maps = [(phrase, word_maps(weights, processor, phrase, concepts, looking.layer)) for phrase in phrases]
+        # In the last layer nobody reads what words but [CLS] saw.
+        read = looking.layer if layer is not None else min(looking.layer, max(0, len(weights.cross.layers) - 2))
+        maps = [(phrase, word_maps(weights, processor, phrase, concepts, read)) for phrase in phrases]
         strip = out.with_stem(f"{out.stem}-words")
         viz.heat_of_words(picture, maps).save(strip)
         typer.echo(str(strip))
