@@ -48,7 +48,7 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     if finished(config):
         return
     started = time.time() - runlog.seconds_so_far(config.out)
-    prepare(config, [config.stream])
+    prepare(config, [config.stream], config.evaluation.splits.values())
     check_calibration(config)
     torch.manual_seed(config.train.seed)
     task, fresh, processor = build(config)

@@ -61,7 +61,7 @@ def run(config: PretrainRun, dry_run: bool) -> None:
     if finished(config):
         return
     started = time.time() - runlog.seconds_so_far(config.out)
-    prepare(config, config.streams.values())
+    prepare(config, config.streams.values(), [each.shards for each in config.evaluation.slices.values()])
     torch.manual_seed(config.train.seed)
     processor = make_processor(config)
     model, fresh = initial_model(config.model, config.init)

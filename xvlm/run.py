@@ -14,6 +14,7 @@ from xvlm.config import ConfigError, Configured, dump_config, load_config
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.pretrain import StreamConfig, UnusableData, locate
 from xvlm.data.processor import Processor
+from xvlm.data.shards import Shards
 from xvlm.models import checkpoints
 from xvlm.models.card import Card, table, write_card
 from xvlm.models.xvlm import Pretrained
@@ -85,10 +86,13 @@ def finished(config: RunConfig) -> bool:
     return ended
 
 
-def prepare(config: RunConfig, streams: Iterable[StreamConfig | None]) -> None:
+def prepare(config: RunConfig, streams: Iterable[StreamConfig | None], evaluated: Iterable[Path]) -> None:
     """The run folder, the shards of a corpus and the indexes of tars that have none; the first process does it for all.
 
     Prints the configuration.
+
+    Raises:
+        FileNotFoundError: shards that are learned from or evaluated on are not there; better now than at the end.
     """
 
     def work() -> None:
@@ -96,8 +100,9 @@ def prepare(config: RunConfig, streams: Iterable[StreamConfig | None]) -> None:
         probe.note_commit(config.out)
         if config.corpus is not None:
             pack(config.corpus)
-        for stream in filter(None, streams):
-            locate(stream)
+        learned = [folder for stream in filter(None, streams) for found in locate(stream).values() for folder in found]
+        for folder in (*learned, *evaluated):
+            Shards(folder)
 
     distributed.main_first(work)
     if distributed.world().rank == 0:
