@@ -427,6 +427,32 @@ def test_fast_pixels_of_one_crop_are_the_exact_ones_but_for_two_bits(interpolati
     assert np.abs(np.array(exact).astype(int) - np.array(fast)).max() <= 3
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", transforms.MOVING)
+def test_fast_movements_are_the_exact_ones_but_for_a_bit(name, sign):
+    image = Image.new("RGB", (64, 48), transforms.GREY)  # a grey border: at the border they differ
+    image.paste(decode_image(noise(60, 44)), (2, 2))
+    exact = transforms.warp(image, transforms.affine_of(name, sign, image.size))
+    assert np.abs(np.array(exact).astype(int) - np.array(transforms.warp_fast(image, name, sign))).max() <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(30, 20), (3, 3), (2, 5), (1, 1)])
+def test_fast_sharpness_is_the_exact_one_but_for_a_bit(width, height):
+    image = decode_image(noise(width, height))
+    exact = np.array(transforms.recolour(image, "sharpness")).astype(int)
+    assert np.abs(exact - np.array(transforms.sharpen_fast(image))).max() <= 1
+
+
+def test_fast_and_exact_draw_the_same_operations():
+    image = decode_image(noise(30, 20))
+    for seed in range(40):
+        fast, exact = Random(seed), Random(seed)
+        _, fast_steps = transforms.randaugment(image, "full", fast, fast=True)
+        _, steps = transforms.randaugment(image, "full", exact)
+        assert np.array_equal(fast_steps, steps)
+        assert fast.random() == exact.random()
+
+
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_without_simplejpeg_the_pixels_are_the_same(monkeypatch, scale, mode):

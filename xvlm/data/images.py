@@ -57,10 +57,11 @@ def decode_small(image: Image.Image, scale: int) -> UInt8[np.ndarray, "height wi
     """
     if is_undecoded_jpeg(image):
         small = {"min_height": math.ceil(image.height / scale), "min_width": math.ceil(image.width / scale)}
-        with suppress(ImportError, ValueError):  # ValueError: CMYK, or damage of which Pillow says more
+        with suppress(ImportError, ValueError):  # ValueError: damage of which Pillow says more
             from simplejpeg import decode_jpeg  # the same pixels as Pillow's, without copies of them
 
-            return decode_jpeg(image.fp.getbuffer(), "RGB", min_factor=scale, **small)
+            if image.mode != "CMYK":  # which it turns to RGB with other rounding
+                return decode_jpeg(image.fp.getbuffer(), "RGB", min_factor=scale, **small)
         image.draft("RGB", (image.width // scale, image.height // scale))
     return np.asarray(rgb(image))
 

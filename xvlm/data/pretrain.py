@@ -456,7 +456,7 @@ class Stream(Dataset):
             hidden[padded.mask] = torch.tensor([h for _, said in texts for h in said.hidden])
             masked = Masked(ids, hidden)
         return Batch(
-            images=self.processor.normalise(torch.stack([sample.pixels for sample in samples])),
+            images=self.processor.normalise([sample.pixels for sample in samples]),
             texts=padded,
             regions=Regions(
                 image=torch.tensor([number[id(sample)] for sample, _ in texts]),

@@ -203,11 +203,15 @@ class Processor:
 
     def pixel_values(self, image: Image.Image) -> Float[Tensor, "3 height width"]:
         """An RGB image, resized and normalised."""
-        return self.normalise(to_tensor(self.resize(image)))
+        return self.normalise([to_tensor(self.resize(image))])[0]
 
-    def normalise(self, pixels: UInt8[Tensor, "*n 3 height width"]) -> Float[Tensor, "*n 3 height width"]:
+    def normalise(self, images: Sequence[UInt8[Tensor, "3 height width"]]) -> Float[Tensor, "image 3 height width"]:
+        """Images of ``image_size`` as a model wants them."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.config.mean, self.config.std))
-        return pixels.float().div_(255).sub_(mean).div_(std)
+        normalised = torch.empty(len(images), 3, *self.config.image_size)
+        for pixels, image in zip(normalised, images, strict=True):  # one by one: an image fits in the cache
+            pixels.copy_(image).div_(255).sub_(mean).div_(std)
+        return normalised
 
 
 def to_tensor(image: Image.Image) -> UInt8[Tensor, "3 height width"]:

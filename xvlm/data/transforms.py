@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from random import Random
 from typing import Annotated, Literal
 
@@ -42,7 +42,8 @@ class AugmentConfig(Configured):
     flip_words: Literal["ignore", "skip", "swap"] = "swap"
     randaugment: Literal["none", "full", "colour"] = "full"  # `colour` is `full` without what moves pixels
     min_visible: Share = 0.5  # a box stays if more than this share of it is in the crop (min_perc_in_image)
-    # `exact`: as in X-VLM; `fast`: JPEGs decoded at 1/2, 1/4 or 1/8 where that is large enough, and resized by torch
+    # `exact`: as in X-VLM; `fast`: JPEGs decoded at 1/2, 1/4 or 1/8 where that is large enough, and resized, sharpened
+    # and moved by vector code, to within a bit or two
     pixels: Literal["exact", "fast"] = "exact"
 
 
@@ -98,7 +99,7 @@ def augment(
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config.pixels == "exact":
         image = image.resize((size[1], size[0]), interpolation)
-    image, steps = randaugment(image, config.randaugment, rng)
+    image, steps = randaugment(image, config.randaugment, rng, fast=config.pixels == "fast")
     if steps:
         boxes_xywh, still = move_boxes(boxes_xywh, reduce(_compose, steps), size)
         visible = visible * still
@@ -176,7 +177,7 @@ def resize_fast(
 ) -> Image.Image:
     """The crop at ``size`` (height, width), as Pillow has it but for the last bit or two, in less time."""
     left, top, right, bottom = crop
-    part = np.array(pixels[top:bottom, left:right])
+    part = np.require(pixels[top:bottom, left:right], requirements="W")  # torch warns of what cannot be written to
     if interpolation == Image.Resampling.LANCZOS:  # torch has none
         return Image.fromarray(part).resize((size[1], size[0]), interpolation)
     channels_first = rearrange(torch.from_numpy(part), "height width channel -> 1 channel height width")
@@ -291,9 +292,13 @@ GREY = (128, 128, 128)
 
 
 def randaugment(
-    image: Image.Image, kind: Literal["none", "full", "colour"], rng: Random
+    image: Image.Image, kind: Literal["none", "full", "colour"], rng: Random, *, fast: bool = False
 ) -> tuple[Image.Image, list[Float[np.ndarray, "2 3"]]]:
-    """The image after two random operations, and the maps of its pixels that were among them."""
+    """The image after two random operations, and the maps of its pixels that were among them.
+
+    Args:
+        fast: by :func:`warp_fast` and :func:`sharpen_fast`.
+    """
     if kind == "none":
         return image, []
     names = rng.choices(COLOUR + MOVING if kind == "full" else COLOUR, k=2)
@@ -302,9 +307,12 @@ def randaugment(
         if rng.random() >= 0.5:
             continue
         if name in MOVING:
-            step = affine_of(name, 1 if rng.random() < 0.5 else -1, image.size)
-            image = warp(image, step)
+            sign = 1 if rng.random() < 0.5 else -1
+            step = affine_of(name, sign, image.size)
+            image = warp_fast(image, name, sign) if fast else warp(image, step)
             steps.append(step)
+        elif fast and name == "sharpness":
+            image = sharpen_fast(image)
         else:
             image = recolour(image, name)
     return image, steps
@@ -351,6 +359,42 @@ def warp(
     """The image after a map of pixel coordinates; ``outside`` is what comes from there."""
     back = np.linalg.inv(np.vstack([affine, [0, 0, 1]]))[:2]
     return image.transform(image.size, Image.Transform.AFFINE, back.ravel().tolist(), interpolation, fillcolor=outside)
+
+
+def warp_fast(image: Image.Image, name: str, sign: int) -> Image.Image:
+    """What :func:`warp` makes of the image by ``affine_of(name, sign, image.size)``, to within a bit or two; but grey
+    is mixed in at the border, as in the reference."""
+    if name.startswith("translate"):  # by whole pixels
+        moved = Image.new("RGB", image.size, GREY)
+        moved.paste(image, tuple(affine_of(name, sign, image.size)[:, 2].astype(int).tolist()))
+        return moved
+    pixels = rearrange(torch.from_numpy(np.array(image)), "height width channel -> 1 channel height width")
+    grey = GREY[0]
+    moved = F.grid_sample(pixels.float().sub_(grey), _grid(name, sign, image.size), align_corners=False)
+    rounded = moved.add_(grey + 0.5).byte()
+    return Image.fromarray(rearrange(rounded, "1 channel height width -> height width channel").numpy())
+
+
+@lru_cache(maxsize=2 * len(MOVING))
+def _grid(name: str, sign: int, size: tuple[int, int]) -> Float[Tensor, "1 height width 2"]:
+    """Where the pixels of a warped image of ``size`` (width, height) come from, in [-1, 1]."""
+    width, height = size
+    to_pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
+    forward = np.vstack([affine_of(name, sign, size), [0, 0, 1]])
+    back = np.linalg.inv(forward @ to_pixels) @ to_pixels
+    return F.affine_grid(torch.from_numpy(back[None, :2]).float(), [1, 3, height, width], align_corners=False)
+
+
+def sharpen_fast(image: Image.Image) -> Image.Image:
+    """What :func:`recolour` makes of the image by ``sharpness``, to within a bit."""
+    pixels = np.array(image)
+    wide = pixels.astype(np.int16)
+    rows = wide[:-2] + wide[1:-1] + wide[2:]
+    around = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    inner = wide[1:-1, 1:-1]
+    edges = (9 * inner - around) * np.float32((FACTOR - 1) / 13)  # the smooth image weighs the middle pixel by 5 of 13
+    np.clip(inner + edges, 0, 255, out=pixels[1:-1, 1:-1], casting="unsafe")
+    return Image.fromarray(pixels)
 
 
 def _compose(before: Float[np.ndarray, "2 3"], after: Float[np.ndarray, "2 3"]) -> Float[np.ndarray, "2 3"]:

@@ -197,7 +197,7 @@ class Pairs(Stream):
             pixels += left.others
         about = [(row[id(left)][0], row[id(left)][1] + said.other) for left, said in texts]
         return Statements(
-            images=self.processor.normalise(torch.stack(pixels)),
+            images=self.processor.normalise(pixels),
             texts=self.processor.pad([said.ids for _, said in texts]),
             about=torch.tensor(about),
             true=torch.tensor([said.true for _, said in texts]),
