@@ -203,8 +203,11 @@ def read_rows(config: FinetuneRun, file: Path) -> list[Any]:
     """Predictions that were written before.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: a line that is no prediction of this task; says which and why.
     """
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file of predictions; finetune/evaluate.py writes them")
     adapter, rows = TypeAdapter(config.recipe.row), []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:

@@ -185,6 +185,8 @@ def test_calibrated_folders_say_whether_a_phrase_is_there(folder, picture, tmp_p
     assert [line.partition(":")[0] for line in printed[:4]] == ["n_acc", "t_acc", "calibration_error", "absent"]
     found = lines_of("ground", picture, "the small red disc", "--model", copy, "--out", tmp_path / "drawn.png")[0]
     assert re.search(r"(not )?there \(\d\.\d\d\)$", found)
+    looked = ["--method", "gradcam", "--model", copy, "--out", tmp_path / "drawn.png"]  # was not calibrated
+    assert "there" not in lines_of("ground", picture, "the small red disc", *looked)[0]
 
 
 def test_embed_writes_vectors_and_ends_with_status_1_where_an_image_was_skipped(monkeypatch, folder, picture, tmp_path):

@@ -1,6 +1,7 @@
 """Self-critical captioning: rewards by hand, the gradient by another path, and the same on any number of processes."""
 
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -18,7 +19,7 @@ from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.metrics import captions as metrics
 from xvlm.models.decoder import Captioner, CaptionerConfig, next_words
 from xvlm.optim import OptimConfig, make_optimizer
-from xvlm.tasks.captioning import CaptioningConfig, Reward, Task
+from xvlm.tasks.captioning import CaptioningConfig, Reward, Task, prepare
 from xvlm.types import Batch, Regions
 
 KNOWN = [["a red disc", "one red disc"], ["a blue star", "the star is blue"], ["two squares", "squares"], ["a cross"]]
@@ -69,6 +70,16 @@ def test_a_reward_is_cider_d_by_the_documents_of_training_with_the_end_as_a_word
     same, other = reward(written, known).tolist()
     assert same == pytest.approx(10.0) and 0 < other < 1
     assert reward(cut, known)[0] < same
+
+
+def test_what_java_needs_is_known_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    task = a_task("greedy")
+    task.config = task.config.model_copy(update={"java": True})
+    with pytest.raises(
+        ModuleNotFoundError, match=r"METEOR and SPICE need pycocoevalcap: pip install -e '\.\[captions\]'"
+    ):
+        prepare(task, processor(), [])
 
 
 def test_documents_of_others_weigh_the_words():

@@ -109,7 +109,7 @@ def ground(
     for phrase, each in zip(phrases, found, strict=True):
         box = " ".join(f"{edge:.0f}" for edge in each.boxes_xyxy[0].tolist())
         sure = ""
-        if known is not None and each.presence is not None:
+        if isinstance(way, WithPresence):  # what other methods say of presence was not calibrated
             verdict = "there" if each.presence >= known.threshold else "not there"
             sure = f"  {verdict} ({each.presence:.2f})"
         typer.echo(f"{phrase}: {box}{sure}")

@@ -65,7 +65,7 @@ def script(main: Callable[[list[str]], None]) -> None:
     """Run a script's ``main`` on the command line; what goes wrong ends in one line."""
     try:
         main(sys.argv[1:])
-    except (ConfigError, ValueError, OSError, FloatingPointError, UnusableData) as error:
+    except (ConfigError, ValueError, OSError, FloatingPointError, UnusableData, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except train.Interrupted as stopped:
         sys.exit(str(stopped) if distributed.world().rank == 0 else 1)

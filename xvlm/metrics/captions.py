@@ -3,6 +3,7 @@
 Captions are lists of words, see :func:`words`. A set is a caption for each image and the images' references.
 """
 
+import importlib.util
 import logging
 import math
 import re
@@ -129,25 +130,30 @@ def cider_d(
     return scores
 
 
-def with_java(written: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """METEOR and SPICE of untokenised captions, by the server's own code, which runs Java.
-
-    SPICE fetches Stanford's parser when it is first used; where it cannot, it is left out, which the log says.
+def need_java() -> None:
+    """Whether METEOR and SPICE can be had.
 
     Raises:
         ModuleNotFoundError: pycocoevalcap is not installed; names the extra.
         FileNotFoundError: there is no Java.
     """
-    try:
-        from pycocoevalcap.meteor.meteor import Meteor
-        from pycocoevalcap.spice.spice import Spice
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"METEOR and SPICE need {error.name}: pip install -e '.[captions]', and Java", name=error.name
-        ) from None
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        message = "METEOR and SPICE need pycocoevalcap: pip install -e '.[captions]', and Java"
+        raise ModuleNotFoundError(message, name="pycocoevalcap")
     if shutil.which("java") is None:
         raise FileNotFoundError("METEOR and SPICE run Java, and there is no java on the path")
+
+
+def with_java(written: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """METEOR and SPICE of untokenised captions, by the server's own code, which runs Java; raises as :func:`need_java`.
+
+    SPICE fetches Stanford's parser when it is first used; where it cannot, it is left out, which the log says.
+    """
+    need_java()
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.spice.spice import Spice
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
     split = PTBTokenizer()
     known = split.tokenize({name: [{"caption": text} for text in texts] for name, texts in references.items()})
     said = split.tokenize({name: [{"caption": text}] for name, text in written.items()})

@@ -187,7 +187,13 @@ class Reward:
 
 
 def prepare(task: Task, processor: Processor, folders: Iterable[Path]) -> None:
-    """Give self-critical training its rewards, out of the records it learns from; nothing for other training."""
+    """Before training: self-critical training gets its rewards, out of the records it learns from.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: ``java`` is asked for and cannot be had; known before, not after.
+    """
+    if task.config.java:
+        metrics.need_java()
     if task.config.self_critical is not None:
         records = (shards.read(i)[0] for shards in map(Shards, folders) for i in range(len(shards)))
         task.reward = Reward(processor, task.config.prompt, (record.captions for record in records))
