@@ -175,6 +175,7 @@ def test_ground_asks_the_heads_there_are(folder, picture, tmp_path, monkeypatch)
     assert "the model has no box_head" in error_of(monkeypatch, *arguments, tmp_path / "itm_head")
     message = error_of(monkeypatch, *arguments, tmp_path / "box_head", "--method", "gradcam")
     assert "the model has no itm_head" in message
+    assert "there is no itm_head" in error_of(monkeypatch, "calibrate", tmp_path / "box_head", tmp_path)
 
 
 def test_calibrated_folders_say_whether_a_phrase_is_there(folder, picture, tmp_path, monkeypatch):

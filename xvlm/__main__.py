@@ -146,7 +146,10 @@ def calibrate(
     from xvlm.models.xvlm import XVLM
     from xvlm.tasks.pretraining import PretrainingConfig, Task
 
-    weights, processor, packed = XVLM.from_pretrained(model), Processor.from_pretrained(model), Shards(shards)
+    weights, processor = XVLM.from_pretrained(model), Processor.from_pretrained(model)
+    if missing := {"box_head", "itm_head"} - set(weights.config.heads):
+        raise ValueError(f"{model}: presence needs a box head and a matching head; there is no {sorted(missing)[0]}")
+    packed = Shards(shards)
     count = min(limit, len(packed))
     method = Task(PretrainingConfig(), weights).eval()
     taught, held_out = (presence.gather(method, weights, processor, packed, range(first, count, 2)) for first in (0, 1))
