@@ -106,15 +106,17 @@ def ground(
     grounder = Grounder(way, processor)
     grounder.set_image(picture)
     found = grounder.predict_all(phrases)
-    for phrase, each in zip(phrases, found, strict=True):
+    labels = list(phrases)
+    for i, each in enumerate(found):
         box = " ".join(f"{edge:.0f}" for edge in each.boxes_xyxy[0].tolist())
         sure = ""
         if isinstance(way, WithPresence):  # what other methods say of presence was not calibrated
-            verdict = "there" if each.presence >= known.threshold else "not there"
-            sure = f"  {verdict} ({each.presence:.2f})"
-        typer.echo(f"{phrase}: {box}{sure}")
+            there = each.presence >= known.threshold
+            sure = f"  {'there' if there else 'not there'} ({each.presence:.2f})"
+            labels[i] += "" if there else ": not there"
+        typer.echo(f"{phrases[i]}: {box}{sure}")
     if found[0].heat is None:
-        drawn = viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), phrases)
+        drawn = viz.draw(picture, torch.cat([each.boxes_xyxy for each in found]), labels)
     else:
         drawn = viz.contact_sheet([viz.draw(viz.heatmap(picture, each.heat), each) for each in found], phrases)
     drawn.save(out)
