@@ -170,9 +170,8 @@ def test_both_ways_of_re_ranking_score_the_same_candidates_alike():
 
 
 @pytest.fixture
-def photographs(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "PHOTOGRAPH", (96, 72))
-    write_shards(map(reading.photograph, range(5)), tmp_path / "s", progress=False)
+def photographs(tmp_path):
+    write_shards((reading.photograph(i, (96, 72)) for i in range(5)), tmp_path / "s", progress=False)
     return Shards(tmp_path / "s")
 
 
@@ -222,7 +221,6 @@ def test_a_kind_of_record_that_is_not_there_is_left_out(photographs, tmp_path, m
     assert "wall or cpu" in error_of(monkeypatch, "bench", "data", tmp_path / "c", "--clock", "sun")
 
 
-def test_without_a_folder_photographs_are_made(monkeypatch):
-    monkeypatch.setattr(reading, "PHOTOGRAPH", (96, 72))
-    printed = lines_of("bench", "data", "--images", 3, "--size", 32, "--repeats", 1)
+def test_without_a_folder_photographs_are_made():
+    printed = lines_of("bench", "data", "--made", 96, 72, "--images", 3, "--size", 32, "--repeats", 1)
     assert printed[0].startswith("3 photographs made here: images of 96x72 pixels")

@@ -599,6 +599,7 @@ def bench_data(
     tokenizer: Annotated[str, typer.Option(help="Folder, shipped name or hub name of the words.")] = DEFAULT,
     repeats: Annotated[int, typer.Option(min=1, help="Times are medians over them.")] = 5,
     clock: Annotated[str, typer.Option(help="wall, or cpu: processor time, for a busy machine.")] = "wall",
+    made: Annotated[tuple[int, int], typer.Option(help="Width and height of the photographs made here.")] = (640, 480),
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go as well.")] = None,
 ) -> None:
     """Samples a core reads, decodes and augments per second, beside the same images by Pillow and torchvision."""
@@ -609,7 +610,8 @@ def bench_data(
 
     torch.set_num_threads(1)
     processor = Processor.from_tokenizer(hub.locate(tokenizer), ProcessorConfig(image_size=size))
-    result = reading.bench_data(shards, processor, images=images, batch=batch, repeats=repeats, clock=clock)
+    asked = {"images": images, "batch": batch, "repeats": repeats, "clock": clock, "made": made}
+    result = reading.bench_data(shards, processor, **asked)
     _report(result, json_file)
 
 

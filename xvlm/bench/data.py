@@ -36,7 +36,6 @@ from xvlm.data.transforms import augment, choose_crop, randaugment
 from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch
 
-PHOTOGRAPH = (640, 480)  # width, height of those made here
 WAYS = ("plain", "exact", "fast")
 PARTS = ("read", "decode", "augment", "words", "batch")
 
@@ -90,12 +89,19 @@ class Result:
 
 
 def bench_data(
-    folder: Path | None, processor: Processor, *, images: int, batch: int, repeats: int, clock: str = "wall"
+    folder: Path | None,
+    processor: Processor,
+    *,
+    images: int,
+    batch: int,
+    repeats: int,
+    clock: str = "wall",
+    made: tuple[int, int] = (640, 480),
 ) -> Result:
     """Measure reading a packed folder, or photographs made here, at the processor's size.
 
     Args:
-        folder: None makes JPEGs of ``PHOTOGRAPH`` size.
+        folder: None makes JPEGs of ``made`` size: width, height.
         images: how many are read, about: whole batches, of what the folder has.
         batch: images of a batch.
 
@@ -105,10 +111,10 @@ def bench_data(
     """
     if clock not in ("wall", "cpu"):
         raise ValueError(f"clock {clock!r}; expected wall or cpu")
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as temporary:
         if folder is None:
-            write_shards((photograph(i) for i in range(images)), Path(made), progress=False)
-        shards = Shards(folder or made)
+            write_shards((photograph(i, made) for i in range(images)), Path(temporary), progress=False)
+        shards = Shards(folder or temporary)
         batch = min(batch, len(shards))
         batches = min(images, len(shards)) // batch
         grains: tuple[Grain, ...] = ("caption", "region")
@@ -218,11 +224,11 @@ def shares(work: Callable[[], Any], now: Callable[[], float]) -> dict[str, float
     return {part: seconds / total for part, seconds in parts.items()}
 
 
-def photograph(i: int) -> tuple[Record, bytes]:
-    """Soft shapes under the grain of a sensor, with a caption and three boxes."""
+def photograph(i: int, size: tuple[int, int]) -> tuple[Record, bytes]:
+    """Soft shapes under the grain of a sensor, with a caption and three boxes; ``size`` is width, height."""
     random = np.random.default_rng(i)
-    width, height = PHOTOGRAPH
-    shapes = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(PHOTOGRAPH)
+    width, height = size
+    shapes = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size)
     grain = random.normal(0, 6, (height, width, 1))
     file = io.BytesIO()
     Image.fromarray((shapes + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
