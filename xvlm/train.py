@@ -156,7 +156,7 @@ def fit(
     """
     economies = {"checkpoint": config.gradient_checkpointing, "compile": config.compile}
     engine = Engine(task, optim, accelerator, fresh=fresh, ema=config.ema, **economies)
-    task.train()  # after it is known what does not learn: statistics of frozen layers stay
+    engine.model.train()  # after it is known what does not learn: statistics of frozen layers stay
     if engine.deepspeed and config.accumulate > 1:
         raise ConfigError("train.accumulate: DeepSpeed updates the weights after every backward pass")
     begun, positions, seen = states.restore(out, engine) or Progress(0, dict.fromkeys(streams, 0), {})
