@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from photographs import jpeg, place, real
 
 from xvlm.data.readers import coco_json, csv_table, json_lines
+from xvlm.data.readers.photographs import listing
 from xvlm.data.records import Object, Record, Region
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,3 +303,15 @@ def test_real_boxes_in_each_form_are_the_same(tmp_path):
         assert [thing.label for thing in of_coco[name].objects] == [thing.label for thing in record.objects]
         for one, other in zip(of_coco[name].objects, record.objects, strict=True):
             assert one.box_xyxy == pytest.approx(other.box_xyxy, abs=1e-9)
+
+
+def test_a_row_that_is_wrong_hides_no_other_row_of_its_image_from_a_check(tmp_path):
+    place(tmp_path, "a.jpg")
+    (tmp_path / "train.csv").write_text(
+        "image,left,top,right,bottom,text\na.jpg,1,2,x,4,b\na.jpg,1,2,3,4,\na.jpg,,,,,c\n"
+    )
+    errors = []
+    with listing(errors):
+        [(record, _)] = csv_table.read(tmp_path, "train")
+    assert [str(error).partition("train.csv ")[2][:6] for error in errors] == ["line 2", "line 3"]
+    assert record.captions == ["c"] and not record.regions

@@ -374,7 +374,9 @@ class RunConfig(Configured):
 
 
 def test_a_run_folder_belongs_to_one_configuration(tmp_path):
-    train.claim(tmp_path / "run", RunConfig(steps=3))
+    train.claim(tmp_path / "run", RunConfig(steps=2))
+    train.claim(tmp_path / "run", RunConfig(steps=3))  # nothing was learned yet: a mistake is put right
+    (tmp_path / "run" / "log.jsonl").touch()
     train.claim(tmp_path / "run", RunConfig(steps=3))
     with pytest.raises(
         ConfigError, match=r"another configuration \(optim.lr was 0.0001, is now 0.1; steps was 3, is now 4"
@@ -390,6 +392,7 @@ def test_a_run_may_go_on_with_other_workers_and_another_rhythm(tmp_path):
         train.claim(tmp_path / "run", Run(train=changes))
 
     claim(save_every=3)
+    (tmp_path / "run" / "log.jsonl").touch()
     claim(save_every=5, keep=7, log_every=2, trackers=["tensorboard"])
     with pytest.raises(ConfigError, match=r"\(train.seed was 0, is now 1\)"):
         claim(save_every=5, seed=1)

@@ -37,6 +37,7 @@ from xvlm.runlog import Best, Log, Validation
 from xvlm.states import Progress
 from xvlm.types import Movable
 
+STARTED = ("log.jsonl", "state", "untrained.json", "model")  # a run folder with any of these has measured or learned
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
 # Fields, by the end of their names, that a run may be continued with other values of: they change nothing it learns.
 FREE = (".workers", ".cache.folder", ".cache.gigabytes", ".save_every", ".keep", ".log_every", ".trackers")
@@ -108,11 +109,13 @@ def make_accelerator(config: TrainConfig, out: Path, *, all_heads: bool = False)
 def claim(out: Path, config: Configured) -> None:
     """Make a run folder, or check that it belongs to this very configuration, apart from what is ``FREE``.
 
+    A folder whose run stopped before it measured or learned anything, over a mistyped name say, is taken over.
+
     Raises:
         ConfigError: the folder holds a run of another configuration; names the keys that differ.
     """
     file = out / "config.yaml"
-    if file.exists():
+    if file.exists() and any((out / name).exists() for name in STARTED):
         before, now = _flat(parse_yaml(file.read_text())), _flat(parse_yaml(dump_config(config)))
         differ = [
             f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"

@@ -96,7 +96,7 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
             before = Shards(folder).description
             if before != description:
                 raise ValueError(
-                    f"{folder} was packed from {before}, not from {description}; choose another corpus.out"
+                    f"{folder} was packed from {before}, not from {description}; choose another folder (corpus.out)"
                 )
         else:
             if config.avoid and guard is None:

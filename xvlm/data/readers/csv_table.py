@@ -119,20 +119,21 @@ def _record(name: str, rows: list[tuple[str, Row]], columns: tuple[str, ...], fo
     regions: list[Region] = []
     objects: list[Object] = []
     for where, row in rows:
-        box = _box(where, row, columns, found)
-        text, label, caption = (row.get(column, "") for column in TEXTS)
-        if not (text or label or caption):
-            raise ValueError(f"{where}: no text; expected one in {', '.join(TEXTS)}")
-        if label and box is None:
-            raise ValueError(f"{where}: label {label!r}, but {','.join(columns)} are empty")
-        captions += [caption] if caption else []
-        if text and box is None:
-            captions.append(text)
-        elif text:
-            regions.append(Region(box_xyxy=box, descriptions=[text]))
-        if label:
-            adjectives = [word.strip() for word in row.get("attributes", "").split(";") if word.strip()]
-            objects.append(Object(box_xyxy=box, label=label, attributes=adjectives))
+        with entry():
+            box = _box(where, row, columns, found)
+            text, label, caption = (row.get(column, "") for column in TEXTS)
+            if not (text or label or caption):
+                raise ValueError(f"{where}: no text; expected one in {', '.join(TEXTS)}")
+            if label and box is None:
+                raise ValueError(f"{where}: label {label!r}, but {','.join(columns)} are empty")
+            captions += [caption] if caption else []
+            if text and box is None:
+                captions.append(text)
+            elif text:
+                regions.append(Region(box_xyxy=box, descriptions=[text]))
+            if label:
+                adjectives = [word.strip() for word in row.get("attributes", "").split(";") if word.strip()]
+                objects.append(Object(box_xyxy=box, label=label, attributes=adjectives))
     return record(
         rows[0][0],
         found,
