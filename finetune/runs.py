@@ -91,6 +91,8 @@ class FinetuneRun(RunConfig):
             return values
         if "train" not in data:
             raise ValueError("data: which file to train on? data.train=my.csv")
+        if strange := [name for name in data if not name.startswith(("train", "val", "dev", "test"))]:
+            raise ValueError(f"data: no split is called {', '.join(strange)}; names begin with train, val, dev or test")
         kinds = {Path(str(file)).suffix for file in data.values()}
         if len(kinds) > 1 or not kinds <= READERS.keys():
             found = ", ".join(map(str, data.values()))

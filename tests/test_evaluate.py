@@ -124,7 +124,7 @@ def test_referring_numbers_by_threshold_size_and_tag():
     expected |= {"acc@0.5 small": 1 / 2, "acc@0.5 medium": 1.0, "acc@0.5 large": 1.0}
     expected |= {"acc@0.5 tag: seen": 2 / 3, "acc@0.5 tag: left": 1.0, "acc@0.5 tag: large": 1.0}
     assert evaluate.referring_numbers(answered) == {name: pytest.approx(value) for name, value in expected.items()}
-    with pytest.raises(ValueError, match="no phrase with a box"):
+    with pytest.raises(ValueError, match="no record has a box whose text it says once"):
         evaluate.referring_numbers([])
 
 

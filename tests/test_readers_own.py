@@ -135,8 +135,13 @@ def test_a_table_of_captions_needs_no_boxes(tmp_path):
     [
         ("", r"columns: no image; no text; expected image, a box as one of left,top,right,bottom or xmin"),
         ("file,text\na.jpg,a\n", r"columns: unknown file; no image; expected .*; found file,text$"),
-        ("image,left,top,width,height,text\n", r"columns: unknown height, left, top, width; expected image, a box as"),
-        ("image,left,top,right,bottom,x,y,width,height,text\n", r"columns: unknown bottom, height, left"),
+        (
+            "image,left,top,width,height,text\n",
+            r"columns: unknown height, width; no right, bottom; expected image, a box",
+        ),
+        ("image,leftt,top,right,bottom,text\n", r"columns: unknown leftt; no left; expected"),
+        ("image;left;top;right;bottom;text\n", r"columns: one only, so no commas between them; "),
+        ("image,left,top,right,bottom,x,y,width,height,text\n", r"columns: unknown height, width, x, y; expected"),
         ("image,text,text\n", r"columns: several of text; expected"),
         ("image,label\n", r"columns: label without a box; expected"),
         ("image,left,top,right,bottom\n", r"columns: no text; expected"),

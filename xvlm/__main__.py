@@ -648,7 +648,8 @@ def main() -> None:
     try:
         app()
     except (ConfigError, ValueError, OSError, BrokenSample) as error:
-        sys.exit(f"error: {error}")
+        named = isinstance(error, OSError) and error.errno is not None and error.filename is not None
+        sys.exit(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def _answer(query: Query, found: Grounded, size: Float[Tensor, "4"]) -> Query:
 
 def queries(record: Record, index: int) -> Iterator[Query]:
     """A record's referring expressions; without any, its caption phrases with boxes; without these, the first
-    description of each region; without these too, the labels that only one object has."""
+    descriptions that only one region has; without these too, the labels that only one object has."""
     for said in record.expressions:
         named = said.boxes_xyxy or ([] if said.box_xyxy is None else [said.box_xyxy])
         yield Query(index, said.text, tuple(named), tuple(said.tags), record=record.id)
@@ -337,13 +337,12 @@ def queries(record: Record, index: int) -> Iterator[Query]:
                 text = record.captions[phrase.caption][phrase.start : phrase.end]
                 yield Query(index, text, tuple(phrase.boxes_xyxy), record=record.id)
     if not record.expressions and not record.phrases:
-        for region in record.regions:
-            yield Query(index, region.descriptions[0], (region.box_xyxy,), record=record.id)
-    if not record.expressions and not record.phrases and not record.regions:
-        times = Counter(thing.label for thing in record.objects)
-        for thing in record.objects:
-            if times[thing.label] == 1:
-                yield Query(index, thing.label, (thing.box_xyxy,), record=record.id)
+        named = [(region.descriptions[0], region.box_xyxy) for region in record.regions]
+        named = named or [(thing.label, thing.box_xyxy) for thing in record.objects]
+        times = Counter(text for text, _ in named)
+        for text, box_xyxy in named:
+            if times[text] == 1:  # which of several would be right?
+                yield Query(index, text, (box_xyxy,), record=record.id)
 
 
 def grounding_numbers(answered: Sequence[Query]) -> Numbers:
@@ -436,7 +435,10 @@ def _unseen(query: Query) -> Query:
 def _boxes(answered: Sequence[Query]) -> tuple[Float[Tensor, "query 4"], Float[Tensor, "query 4"]]:
     """Predicted boxes, and the boxes around all the true ones."""
     if not answered:
-        raise ValueError("nothing to score: no phrase with a box")
+        raise ValueError(
+            "nothing to score: no record has a box whose text it says once; texts without boxes are for retrieval and "
+            "captioning"
+        )
     predicted = torch.tensor([query.predicted_xyxy for query in answered])
     return predicted, torch.stack([query.merged_xyxy for query in answered])
 

@@ -1,6 +1,6 @@
 """From a source people have (generated scenes, public formats) to validated shards, one folder per split."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -151,12 +151,23 @@ def read(
         file = _file(config, split)
         samples = reader.read(config.folder or file.parent, split, file=file, **options)
         if config.holds_out and split in ("train", "val"):
-            samples = (each for i, each in enumerate(samples) if (i % HELD_OUT == 0) == (split == "val"))
+            samples = _held_out(samples, split, file)
     elif config.folder is None:
         raise ValueError(f"corpus.folder: the reader {config.reader} needs the folder of the data (corpus.folder=...)")
     else:
         samples = reader.read(config.folder, split, **options)
     return islice(samples, limit)
+
+
+def _held_out(samples: Iterable[tuple[Record, bytes]], split: str, file: Path) -> Iterator[tuple[Record, bytes]]:
+    """Every tenth image for ``val``, the others for ``train``."""
+    number = -1
+    for number, each in enumerate(samples):
+        if (number % HELD_OUT == 0) == (split == "val"):
+            yield each
+    if number < 1:
+        few = "no image" if number < 0 else "one image, which is held out as val"
+        raise ValueError(f"{file}: there is {few}; expected two or more, or a file for val of its own")
 
 
 def _file(config: CorpusConfig, split: str) -> Path:
@@ -167,5 +178,5 @@ def _file(config: CorpusConfig, split: str) -> Path:
     """
     file = config.files.get(split, config.files["train"])
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
+        raise FileNotFoundError(f"{file}: no such file, for the split {split!r}")
     return file

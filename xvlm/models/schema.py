@@ -65,7 +65,8 @@ def another(place: Path, kind: str, asked: str) -> str:
 def _read(folder: Path) -> Fields:
     file = folder / FILE
     if not file.exists():
-        raise FileNotFoundError(f"{folder}: no {FILE}; expected a folder written by save_pretrained")
+        hint = f"; did you mean {folder / 'model'}?" if (folder / "model" / FILE).exists() else ""
+        raise FileNotFoundError(f"{folder}: no {FILE}; expected a folder written by save_pretrained{hint}")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -95,12 +95,17 @@ def _table(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, Row]]
 
 
 def _box_columns(path: Path, heading: list[str]) -> tuple[str, ...]:
-    layouts = [layout for layout in (*EDGES, CORNER_AND_SIZE) if set(layout) <= set(heading)]
+    known = (*EDGES, CORNER_AND_SIZE)
+    layouts = [layout for layout in known if set(layout) <= set(heading)]
     box = layouts[0] if len(layouts) == 1 else ()
-    unknown = set(heading) - {"image", *box, *TEXTS, "attributes"}
+    meant = max(known, key=lambda layout: len(set(layout) & set(heading)))
+    absent = [name for name in meant if name not in heading] if set(meant) & set(heading) else []
+    unknown = set(heading) - {"image", *meant, *TEXTS, "attributes"}
     wrong = [
+        *(["one only, so no commas between them"] if len(heading) == 1 else []),
         *([f"several of {name}" for name in dict.fromkeys(heading) if heading.count(name) > 1]),
         *([f"unknown {', '.join(sorted(unknown))}"] if unknown else []),
+        *([f"no {', '.join(absent)}"] if absent else []),
         *(["no image"] if "image" not in heading else []),
         *(["no text"] if not set(TEXTS) & set(heading) else []),
         *(["label without a box"] if "label" in heading and not box else []),
