@@ -451,7 +451,7 @@ def test_a_check_goes_on_behind_what_a_reader_cannot_read(tmp_path):
     ]
     (tmp_path / "train.csv").write_text("\n".join(["image,left,top,right,bottom,text", *rows, "b.jpg,1,2,3,4,a dog"]))
     report = check.check(check.read(csv_table.read(tmp_path, "train"), str(tmp_path)))
-    assert report.records == 1
+    assert report.records == 2  # of a.jpg no row can be read, but it is there
     assert {problem.kind for problem in report.problems} == {"reader"}
     reasons = (
         "line 5: image is empty",

@@ -178,9 +178,10 @@ def test_a_missing_file_is_named(monkeypatch, tmp_path):
 def test_a_run_folder_of_another_configuration_is_left_alone(script, monkeypatch, tmp_path):
     kept = dump_config(load_config(script.PretrainRun, DEMO, [f"out={tmp_path}", "train.steps=4"]))
     (tmp_path / "config.yaml").write_text(kept)
+    (tmp_path / "log.jsonl").touch()  # it has begun to learn
     message = error_of(monkeypatch, DEMO, f"out={tmp_path}", "train.steps=5")
     assert "train.steps was 4, is now 5" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "log.jsonl"}
     assert (tmp_path / "config.yaml").read_text() == kept
 
 
