@@ -9,6 +9,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import reference
 import torch
+from hypothesis import settings
+
+# The same examples each time, so that a change is judged by what it changes; other ones: --hypothesis-profile=default.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]

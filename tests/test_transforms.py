@@ -106,10 +106,10 @@ def test_masks_follow_what_they_are_drawn_on(crop, picture, seed):
         seen = augment(image, boxes_xyxy, [], 0, config, SIZE, Random(seed), masks=masks)
     assert seen.masks.shape == (len(seen.kept), *SIZE)
     pixels = torch.from_numpy(np.array(seen.image).astype(int))
-    red = pixels[..., 0] - pixels[..., 2] > 0
+    redder = pixels[..., 0] - pixels[..., 2]  # moved twice, a border pixel may be a mixture: no more red than blue
     for i, mask in zip(seen.kept, seen.masks, strict=True):
         if i == 0:
-            assert not (mask & ~around(red)).any() and not (red & ~around(mask)).any()
+            assert not (mask & ~around(redder > 0)).any() and not ((redder > 100) & ~around(mask)).any()
         else:
             assert not mask.any()
 
