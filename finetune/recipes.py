@@ -153,13 +153,14 @@ def ask_for_answers(
     indices: Sequence[int],
     *,
     batch_size: int,
-    trained_on: Sequence[Path],
+    trained_on: Callable[[], Sequence[Path]],
     **_: Any,
 ) -> list[vqa.Answered]:
-    answers = vqa.answer_list(task.config, trained_on) if task.config.ask == "rank" else []
+    if task.answers is None and task.config.ask == "rank":
+        task.answers = vqa.answer_list(task.config, trained_on())
 
     def predict(_places, records, images):
-        return vqa.ask(task, processor, answers, records, images)
+        return vqa.ask(task, processor, task.answers or [], records, images)
 
     return evaluate.each_once(predict, processor, shards, indices, batch_size=batch_size)
 

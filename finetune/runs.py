@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +29,6 @@ SLICES = (
     "words: by the words of the text (xvlm/metrics/slices.py), of a caption's references if any says so. tag, kind: as "
     "the data says. object: by the true box, as above. An example may be in several slices."
 )
-
-
 READERS = {".csv": "csv_table", ".json": "coco_json", ".jsonl": "json_lines"}  # of files of one's own, by their ending
 
 
@@ -190,7 +189,7 @@ def ask(
         batch_size=config.evaluation.batch_size,
         weights=weights,
         boxes_from=config.evaluation.proposals,
-        trained_on=trained_on(config),
+        trained_on=partial(trained_on, config),
     )
     task.train(was_training)
     return rows
@@ -229,7 +228,7 @@ def check_calibration(config: FinetuneRun) -> None:
     """
     if config.evaluation.calibrate is not None:
         shards = shards_of(config, config.evaluation.calibrate)
-        if not any(said.box_xyxy is None for i in range(len(shards)) for said in shards.read(i)[0].expressions):
+        if not any(said.box_xyxy is None for record in shards.records() for said in record.expressions):
             raise ConfigError(
                 f"evaluation.calibrate: every expression in {shards.folder} has a box; some must name nothing"
             )

@@ -139,6 +139,17 @@ def test_truncated_shard_loses_only_what_was_cut(packed):
     assert shards.read(3) == samples(7)[3]
 
 
+def test_records_leave_out_what_is_broken_and_say_so(packed, caplog):
+    shards = Shards(packed)
+    assert [record.id for record in shards.records()] == [f"r{i}" for i in range(7)] and not caplog.records
+    with (packed / "000000.tar").open("r+b") as file:
+        file.truncate(int(shards._extents[1, 0]) + 10)  # of the first shard's three samples one is left
+    assert [record.id for record in Shards(packed).records()] == ["r0", "r3", "r4", "r5", "r6"]
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        f"{packed}/000000.tar/r{i}" for i in (1, 2)
+    ]
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [

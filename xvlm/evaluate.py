@@ -294,6 +294,7 @@ def grounding(
         numbers: Sequence[int], some: Sequence[Record], images: Float[Tensor, "image 3 height width"]
     ) -> list[list[Query]]:
         proposed = [proposals(record) for record in some] if proposals else []
+        chosen_from = [tuple(map(tuple, each.boxes_xyxy.tolist())) for each in proposed] or [()] * len(some)
         concepts = method.encode(images.to(method.device), *([proposed] if proposals else []))
         asked = [
             (i, query)
@@ -307,9 +308,7 @@ def grounding(
             texts = processor.texts([query.text for _, query in part]).to(method.device)
             for (i, query), found in zip(part, method.ground(texts, concepts, about), strict=True):
                 answer = _answer(query, found.to("cpu"), torch.tensor([some[i].width, some[i].height] * 2).float())
-                chosen_from = proposed[i].boxes_xyxy.tolist() if proposals else []
-                answer = replace(answer, threshold=threshold, proposals_xyxy=tuple(map(tuple, chosen_from)))
-                answered[i].append(answer)
+                answered[i].append(replace(answer, threshold=threshold, proposals_xyxy=chosen_from[i]))
         return answered
 
     return each_once(predict, processor, shards, indices, batch_size=batch_size)

@@ -7,6 +7,7 @@ A packed folder holds ``000000.tar``, ``000001.tar``, ... with members ``<id>.jp
 
 import hashlib
 import json
+import logging
 import os
 import tarfile
 import time
@@ -35,6 +36,8 @@ REMARKS = "remarks.jsonl"
 Extent = Annotated[int, Field(ge=0, lt=2**63)]  # bytes
 OPEN_AT_ONCE = 16  # shards an instance keeps open: twice a window of `epoch_order`
 AGAIN_AFTER = 600.0  # seconds until a shard that cannot be read is tried again
+
+logger = logging.getLogger(__name__)
 
 
 class BrokenSample(Exception):
@@ -378,6 +381,14 @@ class Shards:
             return self._record(shard, self.key(i), image, text), image
         except (OSError, ValueError) as error:
             raise self.broken(i, str(error)) from None
+
+    def records(self) -> Iterator[Record]:
+        """Every record that can be read, in order; broken ones are left out and logged."""
+        for i in range(len(self)):
+            try:
+                yield self.read(i)[0]
+            except BrokenSample as broken:
+                logger.warning("left out: %s", broken)
 
     def broken(self, i: int, reason: str) -> BrokenSample:
         """What to raise over sample ``i``."""

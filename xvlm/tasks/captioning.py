@@ -195,8 +195,8 @@ def prepare(task: Task, processor: Processor, folders: Iterable[Path]) -> None:
     if task.config.java:
         metrics.need_java()
     if task.config.self_critical is not None:
-        records = (shards.read(i)[0] for shards in map(Shards, folders) for i in range(len(shards)))
-        task.reward = Reward(processor, task.config.prompt, (record.captions for record in records))
+        captions = (record.captions for shards in map(Shards, folders) for record in shards.records())
+        task.reward = Reward(processor, task.config.prompt, captions)
 
 
 class Captions(Stream):

@@ -66,6 +66,7 @@ class Task(nn.Module):
         super().__init__()
         self.config = config
         self.model = model
+        self.answers: list[str] | None = None  # to choose from, once they were looked up: see answer_list
 
     def forward(self, batches: dict[str, AnsweredBatch]) -> dict[str, Tensor]:
         """Losses by name, ``<stream>/answer``."""
@@ -220,8 +221,8 @@ def answer_list(config: VqaConfig, folders: Iterable[Path]) -> list[str]:
         return known
     total: Counter[str] = Counter()
     for shards in map(Shards, folders):
-        for i in range(len(shards)):
-            for question in shards.read(i)[0].questions:
+        for record in shards.records():
+            for question in record.questions:
                 total.update(question.answers)
     if not total:
         raise ValueError("task.answers: the training records have no answers to choose from")
