@@ -27,12 +27,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from xvlm.bench import measure
+from xvlm.data import randaugment
 from xvlm.data.images import decode_small, open_image, rgb
+from xvlm.data.pixels import operated
 from xvlm.data.pretrain import Grain, StreamConfig, UnusableData, loader, mentions
 from xvlm.data.processor import Processor
 from xvlm.data.records import Record, Region
 from xvlm.data.shards import Shards, write_shards
-from xvlm.data.transforms import augment, choose_crop, randaugment
+from xvlm.data.transforms import augment, choose_crop
 from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch
 
@@ -197,7 +199,7 @@ def read_plainly(
     image = tv.resized_crop(image, top, left, bottom - top, right - left, list(processor.config.image_size), mode)
     if rng.random() < config.augment.hflip:
         image = tv.horizontal_flip(image)
-    image, _ = randaugment(image, config.augment.randaugment, rng)
+    image = operated(image, randaugment.draw(config.augment.randaugment, rng))
     pixels = tv.to_dtype(tv.pil_to_tensor(image), torch.float32, scale=True)
     return tv.normalize(pixels, list(processor.config.mean), list(processor.config.std))
 

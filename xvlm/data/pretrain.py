@@ -28,7 +28,7 @@ from xvlm.data import tars
 from xvlm.data.cache import Cache
 from xvlm.data.images import Undecodable, open_image, rgb
 from xvlm.data.mixture import Mixture
-from xvlm.data.processor import Processor, to_tensor
+from xvlm.data.processor import Processor
 from xvlm.data.records import Box, Object, Record
 from xvlm.data.shards import BrokenSample, Shards
 from xvlm.data.transforms import AugmentConfig, Augmented, augment, targets
@@ -380,7 +380,8 @@ class Stream(Dataset):
         texts = captions + [text for _, text, _ in parts]
         anchor = rng.randrange(len(parts)) if parts else None
         seen = self.augmented(shards, i, image, rng, texts, boxes_xyxy, anchor)
-        whole = [0.0, 0.0, *map(float, seen.image.size)]
+        height, width = seen.pixels.shape[1:]
+        whole = [0.0, 0.0, float(width), float(height)]
         wanted = [("caption", text, whole) for text in seen.texts[: len(captions)]]
         visible = [
             (parts[part][0], seen.texts[len(captions) + part], box)
@@ -390,7 +391,7 @@ class Stream(Dataset):
         said = self._said(wanted, rng)
         if not said and wanted:
             raise shards.broken(i, "no text has words once it is cleaned")
-        return Sample(place, record, source or record.source, to_tensor(seen.image), said)
+        return Sample(place, record, source or record.source, seen.pixels, said)
 
     def augmented(
         self,

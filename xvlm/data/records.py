@@ -50,7 +50,7 @@ class Region(Strict):
 
     box_xyxy: Box
     descriptions: Annotated[list[Text], Field(min_length=1)]
-    attributes: list[Text] = []
+    attributes: list[Text] = Field(default_factory=list)
     mask: RLE | None = None
 
 
@@ -59,7 +59,7 @@ class Object(Strict):
 
     box_xyxy: Box
     label: Text
-    attributes: list[Text] = []
+    attributes: list[Text] = Field(default_factory=list)
     mask: RLE | None = None
 
 
@@ -72,7 +72,7 @@ class Phrase(Strict):
     """First character of the span."""
     end: int
     """Character after the span."""
-    boxes_xyxy: list[Box] = []
+    boxes_xyxy: list[Box] = Field(default_factory=list)
     """None: named but not drawn."""
 
 
@@ -82,10 +82,10 @@ class Expression(Strict):
     text: Text
     box_xyxy: Box | None = None
     """What it names; the box around all of ``boxes_xyxy`` where it names several things."""
-    boxes_xyxy: list[Box] = []
+    boxes_xyxy: list[Box] = Field(default_factory=list)
     """Each thing by itself, where it names several ("the two men on the left")."""
     mask: RLE | None = None
-    tags: list[str] = []
+    tags: list[str] = Field(default_factory=list)
     """Slices of a report it belongs to."""
     id: str = ""
     """As its source numbers it."""
@@ -95,7 +95,7 @@ class Question(Strict):
     """A question and its answers with weights."""
 
     text: Text
-    answers: dict[str, float] = {}
+    answers: dict[str, float] = Field(default_factory=dict)
     """Answer to weight, the share of annotators who gave it (VQA v2); none: to be predicted."""
     kind: str = ""
     id: str = ""
@@ -125,22 +125,22 @@ class Record(Strict):
     """Of the stored image, in pixels."""
     height: Annotated[int, Field(gt=0)]
     """Of the stored image, in pixels."""
-    captions: list[Text] = []
+    captions: list[Text] = Field(default_factory=list)
     """About the whole image."""
-    regions: list[Region] = []
-    objects: list[Object] = []
-    phrases: list[Phrase] = []
-    expressions: list[Expression] = []
-    questions: list[Question] = []
-    statements: list[Statement] = []
+    regions: list[Region] = Field(default_factory=list)
+    objects: list[Object] = Field(default_factory=list)
+    phrases: list[Phrase] = Field(default_factory=list)
+    expressions: list[Expression] = Field(default_factory=list)
+    questions: list[Question] = Field(default_factory=list)
+    statements: list[Statement] = Field(default_factory=list)
     licence: str = ""
     credit: str = ""
     """Who is to be named with the image, or where it is from."""
-    tags: list[str] = []
+    tags: list[str] = Field(default_factory=list)
     """Slices of a report it belongs to."""
     original_id: str = ""
     """As the source writes it, where that is no ``id`` (a path)."""
-    same_as: dict[str, str] = {}
+    same_as: dict[str, str] = Field(default_factory=dict)
     """Other collections that hold this photograph, and its id there: ``coco``, ``flickr``."""
 
     @field_validator("id")

@@ -7,25 +7,23 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from random import Random
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as tv
 
 from xvlm import boxes
 from xvlm.config import Configured
-from xvlm.data.images import decode_small, is_undecoded_jpeg, rgb
+from xvlm.data import fast_pixels, pixels, randaugment
+from xvlm.data.fast_pixels import Crop
+from xvlm.data.images import rgb
 
-Crop = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -51,8 +49,8 @@ class AugmentConfig(Configured):
 class Augmented:
     """An image with the boxes that are still to be seen in it: ``boxes_xywh[j]`` was box ``kept[j]``."""
 
-    image: Image.Image
-    boxes_xywh: Float[Tensor, "kept 4"]  # pixels of the image, float64
+    pixels: UInt8[Tensor, "3 height width"]
+    boxes_xywh: Float[Tensor, "kept 4"]  # in these pixels, float64
     kept: list[int]
     texts: list[str]
     masks: Bool[Tensor, "kept height width"] | None = None
@@ -88,25 +86,21 @@ def augment(
         flip = not any(SIDES.search(text) for text in texts)
     if flip and config.flip_words == "swap":
         texts = [swap_sides(text) for text in texts]
+    operations = randaugment.draw(config.randaugment, rng)
     if config.pixels == "fast":
-        crop, scale = shrink(image, crop, size)
-        image = resize_fast(decode_small(image, scale), [edge // scale for edge in crop], size, interpolation)
+        crop, scale = fast_pixels.shrink(image, crop, size)
+        seen = fast_pixels.render(image, crop, scale, flip, size, operations, interpolation)
     else:
-        image = rgb(image).crop(crop)
+        seen = pixels.render(rgb(image), crop, flip, size, operations, interpolation)
     boxes_xywh, visible = place_boxes(boxes_xyxy, crop, flip, size)
-
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if config.pixels == "exact":
-        image = image.resize((size[1], size[0]), interpolation)
-    image, steps = randaugment(image, config.randaugment, rng, fast=config.pixels == "fast")
+    steps = [randaugment.affine_of(step, (size[1], size[0])) for step in operations if step.moves]
     if steps:
         boxes_xywh, still = move_boxes(boxes_xywh, reduce(_compose, steps), size)
         visible = visible * still
     kept = (visible > config.min_visible).nonzero()[:, 0]
     if masks is not None:
         masks = move_masks(masks[kept], crop, flip, size, steps)
-    return Augmented(image, boxes_xywh[kept], kept.tolist(), list(texts), masks)
+    return Augmented(seen, boxes_xywh[kept], kept.tolist(), list(texts), masks)
 
 
 # Crops.
@@ -149,40 +143,6 @@ def random_resized_crop(
     w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-# Pixels.
-
-
-def shrink(image: Image.Image, crop: Crop, size: tuple[int, int]) -> tuple[Crop, int]:
-    """At which scale to decode a JPEG so that its crop is still as large as ``size`` (height, width).
-
-    Returns:
-        The crop, widened to whole pixels of the smaller image, which may reach over its edge by a part of one; and how
-        many pixels one of those stands for: 8, 4, 2 or, for all other images, 1.
-    """
-    left, top, right, bottom = crop
-    for scale in (8, 4, 2):
-        if right - left >= scale * size[1] and bottom - top >= scale * size[0] and is_undecoded_jpeg(image):
-            ends = (math.ceil(right / scale) * scale, math.ceil(bottom / scale) * scale)
-            return (left // scale * scale, top // scale * scale, *ends), scale
-    return crop, 1
-
-
-def resize_fast(
-    pixels: UInt8[np.ndarray, "height width 3"],
-    crop: Sequence[int],
-    size: tuple[int, int],
-    interpolation: Image.Resampling,
-) -> Image.Image:
-    """The crop at ``size`` (height, width), as Pillow has it but for the last bit or two, in less time."""
-    left, top, right, bottom = crop
-    part = np.require(pixels[top:bottom, left:right], requirements="W")  # torch warns of what cannot be written to
-    if interpolation == Image.Resampling.LANCZOS:  # torch has none
-        return Image.fromarray(part).resize((size[1], size[0]), interpolation)
-    channels_first = rearrange(torch.from_numpy(part), "height width channel -> 1 channel height width")
-    small = F.interpolate(channels_first, size, mode=interpolation.name.lower(), antialias=True)
-    return Image.fromarray(rearrange(small, "1 channel height width -> height width channel").numpy())
 
 
 # Boxes.
@@ -252,7 +212,7 @@ def move_masks(
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         picture = picture.resize((size[1], size[0]), Image.Resampling.NEAREST)
         for step in steps:
-            picture = warp(picture, step, Image.Resampling.NEAREST, 0)
+            picture = pixels.warp(picture, step, Image.Resampling.NEAREST, 0)
         seen[i] = torch.from_numpy(np.array(picture))
     return seen
 
@@ -279,122 +239,6 @@ def swap_sides(text: str) -> str:
         return cased + (match[2] or "")
 
     return SIDES.sub(other, text)
-
-
-# RandAugment (Cubuk et al. 2020) as X-VLM has it: two operations, each used half of the time, level 7 of 10.
-# Colours are the reference's, but for sharpness, whose bytes overflow there and are clipped here. Pixels move by the
-# reference's maps; Pillow rounds between them to a finer step than OpenCV, and does not mix grey in at the border.
-
-FACTOR = 0.7 * 1.8 + 0.1
-COLOUR = ("identity", "autocontrast", "equalize", "brightness", "sharpness")
-MOVING = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-GREY = (128, 128, 128)
-
-
-def randaugment(
-    image: Image.Image, kind: Literal["none", "full", "colour"], rng: Random, *, fast: bool = False
-) -> tuple[Image.Image, list[Float[np.ndarray, "2 3"]]]:
-    """The image after two random operations, and the maps of its pixels that were among them.
-
-    Args:
-        fast: by :func:`warp_fast` and :func:`sharpen_fast`.
-    """
-    if kind == "none":
-        return image, []
-    names = rng.choices(COLOUR + MOVING if kind == "full" else COLOUR, k=2)
-    steps = []
-    for name in names:
-        if rng.random() >= 0.5:
-            continue
-        if name in MOVING:
-            sign = 1 if rng.random() < 0.5 else -1
-            step = affine_of(name, sign, image.size)
-            image = warp_fast(image, name, sign) if fast else warp(image, step)
-            steps.append(step)
-        elif fast and name == "sharpness":
-            image = sharpen_fast(image)
-        else:
-            image = recolour(image, name)
-    return image, steps
-
-
-def recolour(image: Image.Image, name: str) -> Image.Image:
-    """One operation of ``COLOUR``."""
-    if name == "autocontrast":
-        return tv.autocontrast(image)
-    if name == "equalize":
-        return tv.equalize(image)
-    if name == "brightness":
-        return tv.adjust_brightness(image, FACTOR)
-    if name == "sharpness":
-        return tv.adjust_sharpness(image, FACTOR)
-    return image
-
-
-def affine_of(name: str, sign: int, size: tuple[int, int]) -> Float[np.ndarray, "2 3"]:
-    """One operation of ``MOVING`` at level 7, in pixels of an image of ``size`` (width, height).
-
-    The reference (OpenCV) counts from the middle of the first pixel, which is half a pixel from where ours do.
-    """
-    shear, translate = sign * 0.3 * 0.7, sign * 10 * 0.7
-    if name == "rotate":
-        angle = math.radians(sign * 30 * 0.7)
-        cos, sin = math.cos(angle), math.sin(angle)
-        cx, cy = size[0] / 2, size[1] / 2
-        affine = np.array([[cos, sin, cx - cos * cx - sin * cy], [-sin, cos, cy + sin * cx - cos * cy]])
-    else:
-        across = {"shear_x": (shear, 0.0), "translate_x": (0.0, translate)}.get(name, (0.0, 0.0))
-        down = {"shear_y": (shear, 0.0), "translate_y": (0.0, translate)}.get(name, (0.0, 0.0))
-        affine = np.array([[1.0, across[0], across[1]], [down[0], 1.0, down[1]]])
-    affine[:, 2] += 0.5 - affine[:, :2].sum(1) / 2
-    return affine
-
-
-def warp(
-    image: Image.Image,
-    affine: Float[np.ndarray, "2 3"],
-    interpolation: Image.Resampling = Image.Resampling.BILINEAR,
-    outside: int | tuple[int, int, int] = GREY,
-) -> Image.Image:
-    """The image after a map of pixel coordinates; ``outside`` is what comes from there."""
-    back = np.linalg.inv(np.vstack([affine, [0, 0, 1]]))[:2]
-    return image.transform(image.size, Image.Transform.AFFINE, back.ravel().tolist(), interpolation, fillcolor=outside)
-
-
-def warp_fast(image: Image.Image, name: str, sign: int) -> Image.Image:
-    """What :func:`warp` makes of the image by ``affine_of(name, sign, image.size)``, to within a bit or two; but grey
-    is mixed in at the border, as in the reference."""
-    if name.startswith("translate"):  # by whole pixels
-        moved = Image.new("RGB", image.size, GREY)
-        moved.paste(image, tuple(affine_of(name, sign, image.size)[:, 2].astype(int).tolist()))
-        return moved
-    pixels = rearrange(torch.from_numpy(np.array(image)), "height width channel -> 1 channel height width")
-    grey = GREY[0]
-    moved = F.grid_sample(pixels.float().sub_(grey), _grid(name, sign, image.size), align_corners=False)
-    rounded = moved.add_(grey + 0.5).byte()
-    return Image.fromarray(rearrange(rounded, "1 channel height width -> height width channel").numpy())
-
-
-@lru_cache(maxsize=2 * len(MOVING))
-def _grid(name: str, sign: int, size: tuple[int, int]) -> Float[Tensor, "1 height width 2"]:
-    """Where the pixels of a warped image of ``size`` (width, height) come from, in [-1, 1]."""
-    width, height = size
-    to_pixels = np.array([[width / 2, 0, width / 2], [0, height / 2, height / 2], [0, 0, 1]])
-    forward = np.vstack([affine_of(name, sign, size), [0, 0, 1]])
-    back = np.linalg.inv(forward @ to_pixels) @ to_pixels
-    return F.affine_grid(torch.from_numpy(back[None, :2]).float(), [1, 3, height, width], align_corners=False)
-
-
-def sharpen_fast(image: Image.Image) -> Image.Image:
-    """What :func:`recolour` makes of the image by ``sharpness``, to within a bit."""
-    pixels = np.array(image)
-    wide = pixels.astype(np.int16)
-    rows = wide[:-2] + wide[1:-1] + wide[2:]
-    around = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-    inner = wide[1:-1, 1:-1]
-    edges = (9 * inner - around) * np.float32((FACTOR - 1) / 13)  # the smooth image weighs the middle pixel by 5 of 13
-    np.clip(inner + edges, 0, 255, out=pixels[1:-1, 1:-1], casting="unsafe")
-    return Image.fromarray(pixels)
 
 
 def _compose(before: Float[np.ndarray, "2 3"], after: Float[np.ndarray, "2 3"]) -> Float[np.ndarray, "2 3"]:

@@ -17,7 +17,7 @@ from xvlm import losses
 from xvlm.config import Configured
 from xvlm.data.pretrain import Stream, read_image
 from xvlm.data.pretrain import records as read_records
-from xvlm.data.processor import Processor, to_tensor
+from xvlm.data.processor import Processor
 from xvlm.data.records import Record
 from xvlm.data.shards import Shards
 from xvlm.models.xvlm import XVLM
@@ -183,11 +183,11 @@ class Pairs(Stream):
         names = list(dict.fromkeys(statement.other for statement in drawn))
         others = [self._look(shards, number_of(shards, i, record, name), rng) for name in names]
         said = [Said(self.processor.encode(s.text)[0], s.label, names.index(s.other)) for s in drawn]
-        left = to_tensor(self.augmented(shards, i, image, rng).image)
+        left = self.augmented(shards, i, image, rng).pixels
         return Left(record, source or record.source, left, others, said)
 
     def _look(self, shards: Shards, i: int, rng: Random) -> UInt8[Tensor, "3 height width"]:
-        return to_tensor(self.augmented(shards, i, read_image(shards, i)[1], rng).image)
+        return self.augmented(shards, i, read_image(shards, i)[1], rng).pixels
 
     def batch(self, texts: Sequence[tuple[Left, Said]], skipped: tuple[str, ...]) -> Statements:
         lefts = list({id(left): left for left, _ in texts}.values())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from xvlm import losses
 from xvlm.config import Configured
 from xvlm.data.pretrain import Said, Sample, Stream, read_image
-from xvlm.data.processor import Processor, to_tensor
+from xvlm.data.processor import Processor
 from xvlm.data.records import Record
 from xvlm.data.shards import Shards
 from xvlm.metrics import vqa as official
@@ -154,7 +154,7 @@ class Questions(Stream):
                 said.append(Asked(ids, ids, [False] * len(ids), "question", whole, given))
         if not said:
             raise shards.broken(i, "the record has no question with an answer")
-        return Sample(place, record, source or record.source, to_tensor(seen.image), said)
+        return Sample(place, record, source or record.source, seen.pixels, said)
 
     def batch(self, texts: Sequence[tuple[Sample, Asked]], skipped: tuple[str, ...]) -> AnsweredBatch:
         batch = super().batch(texts, skipped)
