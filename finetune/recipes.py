@@ -12,9 +12,10 @@ from views import CAPTIONING, GROUNDING, IMAGE_TO_TEXT, NLVR, TEXT_TO_IMAGE, VQA
 
 from xvlm import evaluate, hub
 from xvlm.data import proposals
-from xvlm.data.pretrain import Grain, Stream, StreamConfig
 from xvlm.data.processor import Processor
 from xvlm.data.shards import Shards
+from xvlm.data.stream_config import Grain, StreamConfig
+from xvlm.data.streams import Stream
 from xvlm.evaluate import Numbers
 from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.xvlm import XVLM, Pretrained

@@ -15,10 +15,10 @@ from views import by_slice
 
 from xvlm import hub, presence, probe, report
 from xvlm.config import ConfigError, Configured, merge
-from xvlm.data import pretrain
 from xvlm.data.processor import Processor
 from xvlm.data.proposals import Source
 from xvlm.data.shards import Shards
+from xvlm.data.stream_config import StreamConfig, locate
 from xvlm.models.init import InitConfig, initial_model, pretrained_model
 from xvlm.models.lora import LoraConfig, adapt
 from xvlm.models.xvlm import XVLM
@@ -77,7 +77,7 @@ class FinetuneRun(RunConfig):
     trunk_options: dict[str, Any] = {}  # over those of pre-training: Swin's window_size has to divide another size
     max_tokens: Count | None = None  # of a text; null: as in pre-training
     lora: LoraConfig | None = None  # the pre-trained layers stay as they are, and thin matrices beside them learn
-    stream: pretrain.StreamConfig
+    stream: StreamConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     retention: RetentionConfig | None = None  # what the model is to know still
 
@@ -167,7 +167,7 @@ def shards_of(config: FinetuneRun, split: str) -> Shards:
 
 def trained_on(config: FinetuneRun) -> list[Path]:
     """The folders of shards that a run learns from."""
-    return list(chain.from_iterable(pretrain.locate(config.stream).values()))
+    return list(chain.from_iterable(locate(config.stream).values()))
 
 
 def ask(

@@ -14,9 +14,11 @@ from pydantic import model_validator
 
 from xvlm import distributed, hub, probe, runlog, train
 from xvlm.config import ConfigError
-from xvlm.data import pretrain, scenes
+from xvlm.data import scenes
 from xvlm.data.pack import CorpusConfig
 from xvlm.data.processor import Processor, ProcessorConfig
+from xvlm.data.stream_config import StreamConfig
+from xvlm.data.streams import loader
 from xvlm.data.words import WordMasking
 from xvlm.models.init import InitConfig, initial_model
 from xvlm.models.xvlm import XVLMConfig
@@ -32,7 +34,7 @@ class PretrainRun(RunConfig):
     processor: ProcessorConfig = ProcessorConfig()
     model: XVLMConfig
     init: InitConfig = InitConfig()
-    streams: dict[Literal["caption", "region"], pretrain.StreamConfig | None]  # null: left out
+    streams: dict[Literal["caption", "region"], StreamConfig | None]  # null: left out
     masking: WordMasking = WordMasking()
     task: PretrainingConfig = PretrainingConfig()
     evaluation: probe.ProbeConfig = probe.ProbeConfig()
@@ -69,10 +71,10 @@ def run(config: PretrainRun, dry_run: bool) -> None:
     before = untrained(config, task, processor)
     world = distributed.world()
 
-    def open_stream(stream: pretrain.StreamConfig, start: int):
+    def open_stream(stream: StreamConfig, start: int):
         place = {"seed": config.train.seed, "start": start, "rank": world.rank, "world": world.size}
         place["turns"] = config.train.accumulate
-        return pretrain.loader(stream, processor, config.masking, **place)
+        return loader(stream, processor, config.masking, **place)
 
     streams = {name: partial(open_stream, stream) for name, stream in config.streams.items() if stream is not None}
     validation = runlog.Validation(partial(measure, config, task, processor), partial(keep, model, processor))

@@ -8,17 +8,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
-from test_pretrain_data import VOCABULARY, made
+from test_streams import VOCABULARY, made
 from test_transforms import claim_size, noise
 
 from xvlm.data import check
 from xvlm.data.images import MAX_PIXELS, decode_image
-from xvlm.data.pretrain import StreamConfig, loader
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.readers import json_lines
 from xvlm.data.readers.photographs import Photographs
 from xvlm.data.records import Record
 from xvlm.data.shards import INDEX, BrokenSample, Shards, write_shards
+from xvlm.data.stream_config import StreamConfig
+from xvlm.data.streams import loader
 from xvlm.data.words import WordMasking
 
 

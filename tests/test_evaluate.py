@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 
 from xvlm import boxes, evaluate, metrics, probe
 from xvlm.data import proposals, scenes
-from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor, ProcessorConfig
+from xvlm.data.reading import records
 from xvlm.data.shards import Shards, write_shards
 from xvlm.presence import Presence, WithPresence
 from xvlm.tasks.pretraining import PretrainingConfig, Task

@@ -16,10 +16,10 @@ import torch.multiprocessing as mp
 from xvlm import evaluate, hub
 from xvlm.config import ConfigError, load_config
 from xvlm.data import scenes
-from xvlm.data.pretrain import StreamConfig
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.records import Question, Statement
 from xvlm.data.shards import BrokenSample, Shards, write_shards
+from xvlm.data.stream_config import StreamConfig
 from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.xvlm import XVLM
 from xvlm.presence import Presence
@@ -208,7 +208,7 @@ def test_statements_come_with_both_their_images(folder, processor):
 
 
 def evaluate_records(shards, processor, i):
-    from xvlm.data.pretrain import records
+    from xvlm.data.reading import records
 
     return [(some[0], images[0]) for some, images in records(shards, processor, [i], 1)]
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xvlm import boxes, distributed, metrics
-from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor
+from xvlm.data.reading import records
 from xvlm.data.records import Record, Region
 from xvlm.data.shards import Shards
 from xvlm.grounder import Method

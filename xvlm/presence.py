@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xvlm import metrics
-from xvlm.data.pretrain import records
 from xvlm.data.processor import Processor
+from xvlm.data.reading import records
 from xvlm.data.shards import Shards
 from xvlm.grounder import Method
 from xvlm.models.attached import Attached

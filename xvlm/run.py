@@ -12,9 +12,10 @@ from typing import TypeVar
 from xvlm import distributed, probe, runlog, train
 from xvlm.config import ConfigError, Configured, dump_config, load_config
 from xvlm.data.pack import CorpusConfig, pack
-from xvlm.data.pretrain import StreamConfig, UnusableData, locate
 from xvlm.data.processor import Processor
 from xvlm.data.shards import Shards
+from xvlm.data.stream_config import StreamConfig, locate
+from xvlm.data.streams import UnusableData
 from xvlm.models import checkpoints
 from xvlm.models.card import Card, table, write_card
 from xvlm.models.xvlm import Pretrained

@@ -29,11 +29,13 @@ from torchvision.transforms.v2 import functional as tv
 from xvlm.bench import measure
 from xvlm.data import randaugment
 from xvlm.data.images import decode_small, open_image, rgb
+from xvlm.data.mentions import mentions
 from xvlm.data.pixels import operated
-from xvlm.data.pretrain import Grain, StreamConfig, UnusableData, loader, mentions
 from xvlm.data.processor import Processor
 from xvlm.data.records import Record, Region
 from xvlm.data.shards import Shards, write_shards
+from xvlm.data.stream_config import Grain, StreamConfig
+from xvlm.data.streams import UnusableData, loader
 from xvlm.data.transforms import augment, choose_crop
 from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch

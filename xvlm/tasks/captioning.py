@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from xvlm import distributed, losses
 from xvlm.config import Configured
-from xvlm.data.pretrain import Said, Stream, StreamConfig
 from xvlm.data.processor import Processor
 from xvlm.data.records import Record
 from xvlm.data.shards import Shards
+from xvlm.data.stream_config import StreamConfig
+from xvlm.data.streams import Said, Stream
 from xvlm.metrics import captions as metrics
 from xvlm.models.decoder import Captioner, Writing, next_words
 from xvlm.models.generation import GenerationConfig, Written, draw, generate

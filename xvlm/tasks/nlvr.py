@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from xvlm import losses
 from xvlm.config import Configured
-from xvlm.data.pretrain import Stream, read_image
-from xvlm.data.pretrain import records as read_records
 from xvlm.data.processor import Processor
+from xvlm.data.reading import read_image
+from xvlm.data.reading import records as read_records
 from xvlm.data.records import Record
 from xvlm.data.shards import Shards
+from xvlm.data.streams import Stream
 from xvlm.models.xvlm import XVLM
 from xvlm.types import Batch, Concepts, Movable, Texts
 

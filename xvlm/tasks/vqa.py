@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from xvlm import losses
 from xvlm.config import Configured
-from xvlm.data.pretrain import Said, Sample, Stream, read_image
 from xvlm.data.processor import Processor
+from xvlm.data.reading import read_image
 from xvlm.data.records import Record
 from xvlm.data.shards import Shards
+from xvlm.data.streams import Said, Sample, Stream
 from xvlm.metrics import vqa as official
 from xvlm.models.decoder import Answerer, Writing, next_words
 from xvlm.models.generation import GenerationConfig, Written, generate

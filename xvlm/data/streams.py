@@ -1,124 +1,42 @@
-"""Shards to batches: the two streams of pre-training, whole images with captions and regions with what they are called.
+"""Shards to batches: streams of whole images with captions, and of regions with what they are called.
 
 Which samples are in batch n, and what is done to each, follows from the seed and n: not from the number of processes or
 workers, nor from where a run began.
 """
 
-import logging
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, count, islice
-from pathlib import Path
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from xvlm.boxes import merge
-from xvlm.config import Configured
-from xvlm.data import tars
-from xvlm.data.cache import Cache
-from xvlm.data.images import Undecodable, open_image, rgb
+from xvlm.data.mentions import captions_of, mentions
 from xvlm.data.mixture import Mixture
 from xvlm.data.processor import Processor
-from xvlm.data.records import Box, Object, Record
+from xvlm.data.reading import broken_if_undecodable, read_image
+from xvlm.data.records import Record
 from xvlm.data.shards import BrokenSample, Shards
-from xvlm.data.transforms import AugmentConfig, Augmented, augment, targets
+from xvlm.data.stream_config import Kind, StreamConfig, locate
+from xvlm.data.transforms import Augmented, augment, targets
 from xvlm.data.words import WordMasking, mask_words
 from xvlm.types import Batch, Masked, Movable, Regions
-
-Grain = Literal["caption", "region", "question", "statement"]
-Kind = Literal["region", "object", "phrase", "expression"]
-Kinds = Annotated[list[Kind], Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Entries = Annotated[list[Annotated[str, BeforeValidator(str)]], Field(min_length=1)]
 
 SHARE_NEEDS = 200  # samples before the share of skipped ones says anything
 NAMED = 20  # skipped samples that an error names
 STAND_INS = 200  # samples that are tried for a batch of which nothing is left
 
-logger = logging.getLogger(__name__)
-
 
 class UnusableData(RuntimeError):
     """Too many samples cannot be used; the message names them."""
-
-
-class SourceConfig(Configured):
-    """A source of a mixture, with epochs of its own."""
-
-    shards: Entries
-    weight: Annotated[float, Field(gt=0)] = 1.0  # of its images, beside those of the other sources
-    kinds: Kinds | None = None  # null: the stream's
-
-
-class StreamConfig(Configured):
-    """One stream of batches. Of ``augment``, a region stream has its own defaults: keep_box, colour.
-
-    Questions and statements are what fine-tuning reads, see :mod:`xvlm.tasks.vqa` and :mod:`xvlm.tasks.nlvr`; of what
-    is said below about texts, ``images``, ``max_regions`` and ``max_texts`` concern them.
-    """
-
-    shards: Entries | None = None  # packed folders, or tars: see xvlm/data/tars.py; read as one
-    sources: dict[str, SourceConfig] | None = None  # instead of `shards`: several, mixed by weight
-    cache: Cache = Cache()  # of tars that come from URLs and pipes
-    grain: Grain
-    images: Count  # of an update, over all processes
-    max_regions: Count = 5  # texts of an image; its captions are among them, and come first
-    max_texts: Count | None = None  # of an update, over all processes; more are dropped at random
-    with_caption: bool = True  # in a region stream: what is said about the whole image too, where there is something
-    captions: Literal["any", "first"] = "any"  # which of a record's captions; the first of a scene is complete
-    max_captions: Count = 1  # of an image
-    kinds: Kinds = ["region", "object", "phrase", "expression"]
-    # adjectives before an object's label: one at random (X-VLM), all, or each with probability 1/2
-    attributes: Literal["one", "all", "some"] = "one"
-    augment: AugmentConfig = AugmentConfig()
-    workers: Annotated[int, Field(ge=0)] = 2
-    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-
-    @model_validator(mode="after")
-    def shards_or_sources(self) -> "StreamConfig":
-        if (self.shards is None) == (not self.sources):
-            raise ValueError("give either shards (read as one) or sources (mixed by weight); the other one is null")
-        return self
-
-    @property
-    def mixture(self) -> dict[str, SourceConfig]:
-        """The sources by name; ``shards`` are one source without a name."""
-        return self.sources or {"": SourceConfig(shards=self.shards)}
-
-    @model_validator(mode="after")
-    def captions_leave_room_for_regions(self) -> "StreamConfig":
-        if self.grain == "region" and self.with_caption and 1 < self.max_regions <= self.max_captions:
-            raise ValueError(
-                f"max_captions {self.max_captions} leave no region among the {self.max_regions} texts of an image"
-            )
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def regions_keep_their_boxes(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("grain") != "region":
-            return values
-        given = values.get("augment", {})
-        if not isinstance(given, dict):
-            return values
-        return values | {"augment": {"crop": "keep_box", "randaugment": "colour"} | given}
-
-
-def locate(config: StreamConfig) -> dict[str, list[Path]]:
-    """The packed folders of each source; tars without an index get one: see :func:`xvlm.data.tars.locate`."""
-    return {
-        name: [tars.locate(entry, config.cache) for entry in source.shards] for name, source in config.mixture.items()
-    }
 
 
 def loader(
@@ -211,67 +129,6 @@ class Sample:
     source: str
     pixels: UInt8[Tensor, "3 height width"]
     said: list[Said]
-
-
-def read_image(shards: Shards, i: int) -> tuple[Record, Image.Image]:
-    """A record and its image, of which only the header has been decoded.
-
-    Raises:
-        BrokenSample: also where the image cannot be opened or has not the record's size.
-    """
-    record, data = shards.read(i)
-    with broken_if_undecodable(shards, i):
-        image = open_image(data)
-    if image.size != (record.width, record.height):
-        found = f"image is {image.width}x{image.height}, the record says {record.width}x{record.height}"
-        raise shards.broken(i, found)
-    return record, image
-
-
-@contextmanager
-def broken_if_undecodable(shards: Shards, i: int) -> Iterator[None]:
-    """Turns what is wrong with the image of a sample into a BrokenSample that names it."""
-    try:
-        yield
-    except Undecodable as error:
-        raise shards.broken(i, str(error)) from None
-
-
-def mentions(
-    record: Record, kinds: Sequence[Kind], attributes: Literal["one", "all", "some"], rng: Random
-) -> list[tuple[Kind, str, Box]]:
-    """What kind of text about a part of an image, the text, and its box (``xyxy``)."""
-    found: list[tuple[Kind, str, Box]] = []
-    if "region" in kinds:
-        found += [("region", rng.choice(region.descriptions), region.box_xyxy) for region in record.regions]
-    if "object" in kinds:
-        found += [("object", _object_text(thing, attributes, rng), thing.box_xyxy) for thing in record.objects]
-    if "phrase" in kinds:
-        for phrase in record.phrases:
-            if phrase.boxes_xyxy:
-                text = record.captions[phrase.caption][phrase.start : phrase.end]
-                around = merge(torch.tensor(phrase.boxes_xyxy, dtype=torch.float64)).tolist()
-                found.append(("phrase", text, tuple(around)))
-    if "expression" in kinds:
-        found += [("expression", said.text, said.box_xyxy) for said in record.expressions if said.box_xyxy is not None]
-    return found
-
-
-def _captions(record: Record, config: StreamConfig, rng: Random) -> list[str]:
-    if config.captions == "first":
-        return record.captions[: config.max_captions]
-    if config.max_captions == 1:  # as the reference draws it
-        return [rng.choice(record.captions)]
-    return rng.sample(record.captions, min(config.max_captions, len(record.captions)))
-
-
-def _object_text(thing: Object, attributes: Literal["one", "all", "some"], rng: Random) -> str:
-    chosen = thing.attributes
-    if attributes == "one" and chosen:
-        chosen = [rng.choice(chosen)]
-    elif attributes == "some":
-        chosen = [attribute for attribute in chosen if rng.random() < 0.5]
-    return " ".join([*chosen, thing.label])
 
 
 class Stream(Dataset):
@@ -369,7 +226,7 @@ class Stream(Dataset):
         config = self.config
         record, image = read_image(shards, i)
         captioned = bool(record.captions) and (config.grain == "caption" or config.with_caption)
-        captions = _captions(record, config, rng) if captioned else []
+        captions = captions_of(record, config, rng) if captioned else []
         kinds = self.kinds[source]
         parts = mentions(record, kinds, config.attributes, rng) if config.grain == "region" else []
         if not (parts if config.grain == "region" else captions):
@@ -471,31 +328,3 @@ class Stream(Dataset):
             seen=dict(seen),
             places=torch.tensor([sample.place for sample in samples]),
         )
-
-
-# Evaluation.
-
-
-def records(
-    shards: Shards, processor: Processor, indices: Sequence[int], batch_size: int
-) -> Iterator[tuple[list[Record], Float[Tensor, "image 3 height width"]]]:
-    """Every record once, in the order of ``indices``, with its resized and normalised image; ``batch_size`` at a time.
-
-    Broken samples are left out, counted and logged.
-    """
-    broken: list[str] = []
-    for first in range(0, len(indices), batch_size):
-        some, images = [], []
-        for i in indices[first : first + batch_size]:
-            try:
-                record, image = read_image(shards, i)
-                with broken_if_undecodable(shards, i):
-                    images.append(processor.pixel_values(rgb(image)))
-            except BrokenSample as error:
-                broken.append(str(error))
-                continue
-            some.append(record)
-        if some:
-            yield some, torch.stack(images)
-    if broken:
-        logger.warning("left out %d of %d records:\n%s", len(broken), len(indices), "\n".join(broken[:NAMED]))

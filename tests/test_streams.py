@@ -16,13 +16,15 @@ from PIL import Image
 from pydantic import ValidationError
 
 from xvlm.config import ConfigError, load_config
-from xvlm.data import pretrain
 from xvlm.data.images import decode_image
+from xvlm.data.mentions import mentions
 from xvlm.data.mixture import Mixture
-from xvlm.data.pretrain import StreamConfig, loader, mentions, records
 from xvlm.data.processor import Processor, ProcessorConfig
+from xvlm.data.reading import records
 from xvlm.data.records import Object, Phrase, Record, Region
 from xvlm.data.shards import Index, Shards, write_shards
+from xvlm.data.stream_config import StreamConfig
+from xvlm.data.streams import Stream, loader
 from xvlm.data.words import WordMasking
 from xvlm.types import Batch
 
@@ -119,7 +121,7 @@ def test_batches_do_not_depend_on_workers_or_start(folders, processor, grain):
 
 def test_a_stream_can_be_sent_to_a_process(folders, processor):
     config = stream(folders)
-    sent = pickle.loads(pickle.dumps(pretrain.Stream(config, processor, WordMasking(), 0, 0, 1, 1)))
+    sent = pickle.loads(pickle.dumps(Stream(config, processor, WordMasking(), 0, 0, 1, 1)))
     assert same(sent[3], batches(config, processor, 1, start=3)[0])
 
 
