@@ -72,6 +72,23 @@ def test_help_lists_the_commands_without_importing_torch():
     assert imported.isdisjoint({"torch", "timm", "transformers", "accelerate"})
 
 
+def test_data_is_checked_and_counted_without_importing_torch(tmp_path):
+    shards, index = tmp_path / "shards/train", tmp_path / "index"
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--limit", 2, "--workers", 0)
+    commands = [
+        ["check", shards, "--workers", 0],
+        ["stats", shards],
+        ["schema"],
+        ["index", shards / "000000.tar", "--out", index, "--cache", tmp_path / "cache"],
+    ]
+    script = "import sys\nfrom typer.testing import CliRunner\nfrom xvlm.__main__ import app\n" + "".join(
+        f"assert CliRunner().invoke(app, {['data', *map(str, words)]}).exit_code == 0\n" for words in commands
+    )
+    script += "assert 'xvlm.data.shards' in sys.modules and 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_scenes_are_packed_and_shown(tmp_path):
     printed = lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "test", "--limit", 6, "--workers", 1)
     assert printed[-1] == f"{tmp_path / 'shards/test'}: 6 records"
