@@ -89,6 +89,13 @@ def test_data_is_checked_and_counted_without_importing_torch(tmp_path):
     assert ran.returncode == 0, ran.stderr
 
 
+def test_what_is_wrong_with_a_demo_is_one_line():
+    command = [sys.executable, "-m", "xvlm", "demo", "nonsense=1"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert re.fullmatch(r"error: .*demo\.yaml: unknown key 'nonsense'; .*\n", ran.stderr)
+
+
 def test_scenes_are_packed_and_shown(tmp_path):
     printed = lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "test", "--limit", 6, "--workers", 1)
     assert printed[-1] == f"{tmp_path / 'shards/test'}: 6 records"

@@ -62,9 +62,13 @@ def command(kind: type[Run], work: Callable[[Run, bool], None], arguments: Seque
 
 
 def script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's ``main`` on the command line; what goes wrong ends in one line."""
+    """Run a script's ``main`` on the command line; what goes wrong ends in one line, output nobody reads in none."""
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes when it ends
+        sys.exit(1)
     except (ConfigError, ValueError, OSError, FloatingPointError, UnusableData, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except train.Interrupted as stopped:

@@ -18,9 +18,11 @@ def demo(
     """Pre-train a small model on generated scenes and show what it learned (from a checkout of the repository)."""
     script = _in_checkout("pretrain/ablation.py" if ablation else "pretrain/train.py")
     config = _in_checkout(f"configs/pretrain/{'ablation' if ablation else 'demo'}.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command = [sys.executable] if ablation else [*launch, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    raise SystemExit(subprocess.run([*command, str(script), str(config), *(overrides or [])], check=False).returncode)
+    # Quiet: the script says itself what went wrong, a traceback of the launcher would follow it.
+    launch = "accelerate.commands.launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no"
+    launcher = [] if ablation else ["-m", *launch.split(), "--dynamo_backend", "no"]
+    command = [sys.executable, *launcher, str(script), str(config), *(overrides or [])]
+    raise SystemExit(subprocess.run(command, check=False).returncode)
 
 
 @app.command()
