@@ -16,6 +16,7 @@ from views import galleries
 from xvlm import probe, report, runlog, viz
 from xvlm.config import ConfigError, load_config
 from xvlm.data.shards import Shards
+from xvlm.prose import counted
 from xvlm.run import script
 
 FACTS = ("commit", "seed", "machine", "torch", "device", "minutes", "layer", "proposals")
@@ -86,7 +87,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     alike: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for folder in folders:
         for result in results_of(folder):
-            examples = f"{result['examples']} examples, data {result['data']['sha256'][:12]}"
+            examples = f"{counted(result['examples'], 'example')}, data {result['data']['sha256'][:12]}"
             if "proposals" in result:
                 examples += f", proposals {result.get('proposals_sha256', result['proposals'])}"
             same = (f"{result['task']}, {result['split']}", examples, result["protocol"])

@@ -22,6 +22,7 @@ from xvlm.data.shards import Shards
 from xvlm.models.init import InitConfig, initial_model, pretrained_model
 from xvlm.models.lora import LoraConfig, adapt
 from xvlm.models.xvlm import XVLM
+from xvlm.prose import counted
 from xvlm.run import RunConfig
 
 Count = Annotated[int, Field(ge=1)]
@@ -279,7 +280,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     found = {name: column for name, column in columns.items() if column}
     rows = [[name, *(column.get(name) for column in found.values())] for name in result["numbers"]]
     title = f"{result['task']}, {result['split']}"
-    made = [report.Table(f"{title}: {result['examples']} examples", ["", *found], rows, result["protocol"])]
+    made = [report.Table(f"{title}: {counted(result['examples'], 'example')}", ["", *found], rows, result["protocol"])]
     for headline, slices in result["slices"].items():
         rows = [[name, part["examples"], part[headline]] for name, part in slices.items()]
         if rows:

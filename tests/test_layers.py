@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "xvlm"
 
 LAYERS = (
-    {"config", "types", "boxes", "distributed", "hub"},
+    {"config", "types", "boxes", "distributed", "hub", "prose"},
     {"losses", "metrics", "optim", "models", "data"},
     {"tasks", "zeroshot"},
     {"train", "engine", "states", "runlog", "evaluate", "grounder", "presence", "embed"}

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from xvlm.config import validate
+from xvlm.prose import counted
 
 app = typer.Typer(no_args_is_help=True, help="Sources of data and shards.")
 
@@ -43,7 +44,7 @@ def pack(
         typer.echo(f"{why}: {count} {outcome}, listed in {out / split / REMARKS}")
     if config.avoid and not any(why == "leak" for why, _ in said):
         typer.echo("leak: 0")
-    typer.echo(f"{out / split}: {len(packed)} records")
+    typer.echo(f"{out / split}: {counted(len(packed), 'record')}")
 
 
 @app.command()
@@ -85,8 +86,9 @@ def check(
     for line in [*map(str, report.problems), *report.summary()]:
         typer.echo(line)
     if fix is not None:
-        typer.echo(f"{fix}: {len(report.changes)} changes, listed in {fix / checking.CHANGES}")
-    typer.echo(f"{folder}: {report.records} records, {len(report.problems)} problems{' left' if fix else ''}")
+        typer.echo(f"{fix}: {counted(len(report.changes), 'change')}, listed in {fix / checking.CHANGES}")
+    records, problems = counted(report.records, "record"), counted(len(report.problems), "problem")
+    typer.echo(f"{folder}: {records}, {problems}{' left' if fix else ''}")
     raise typer.Exit(1 if report.problems else 0)
 
 
@@ -98,13 +100,13 @@ def stats(
     """Count records, texts, boxes and words, per source and kind."""
     from xvlm.data.stats import count
 
-    counted = count(_packed(shards))
-    for line in counted.lines():
+    found = count(_packed(shards))
+    for line in found.lines():
         typer.echo(line)
     if plots is not None:
         from xvlm import viz
 
-        plots.write_bytes(viz.histograms(counted.distributions()))
+        plots.write_bytes(viz.histograms(found.distributions()))
         typer.echo(str(plots))
 
 
@@ -128,7 +130,7 @@ def index(
     from xvlm.data.tars import expand, write_index
 
     index = write_index(expand(tars), out, Cache(folder=cache, gigabytes=gigabytes))
-    typer.echo(f"{out}: {index.counts['records']} records in {len(index.shards)} tars")
+    typer.echo(f"{out}: {counted(index.counts['records'], 'record')} in {counted(len(index.shards), 'tar')}")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from xvlm import hub
 from xvlm.commands import DEFAULT
 from xvlm.commands.weights import check_together
 from xvlm.config import validate
+from xvlm.prose import counted
 
 app = typer.Typer()
 
@@ -116,7 +117,7 @@ def calibrate(
     found.save_pretrained(model)
     for name, value in presence.numbers(found, *held_out).items():
         typer.echo(f"{name}: {value:.3f}")
-    typer.echo(f"{model / found.FILE}: threshold {found.threshold:.3f}, on {len(held_out[1])} phrases")
+    typer.echo(f"{model / found.FILE}: threshold {found.threshold:.3f}, on {counted(len(held_out[1]), 'phrase')}")
 
 
 @app.command()
@@ -152,7 +153,7 @@ def layers(
         [f"{layer}{' *' if layer == best else ''}", *(f"{numbers[name]:.3f}" for name in measures)]
         for layer, numbers in enumerate(found)
     ]
-    title = f"{len(answers)} phrases of {shards}, proposals: {proposals}"
+    title = f"{counted(len(answers), 'phrase')} of {shards}, proposals: {proposals}"
     typer.echo(probe.as_text(report.Table(title, ["layer", *measures], rows)))
     if store:
         BestLayer(layer=best).save_pretrained(folder)

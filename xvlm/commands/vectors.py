@@ -7,6 +7,7 @@ import typer
 
 from xvlm import hub
 from xvlm.commands import DEFAULT
+from xvlm.prose import counted
 
 app = typer.Typer()
 
@@ -40,8 +41,7 @@ def embed(
     for line in vectors.skipped:
         typer.echo(f"skipped {line}")
     count = len(images) - len(vectors.skipped)
-    typer.echo(
-        f"{out}: {count} images, {len(vectors.ids) - count} boxes, vectors of {vectors.vectors.shape[1]}"
-        + (f"; {len(vectors.skipped)} images skipped" if vectors.skipped else "")
-    )
+    read = f"{counted(count, 'image')}, {counted(len(vectors.ids) - count, 'box', 'boxes')}"
+    skipped = f"; {counted(len(vectors.skipped), 'image')} skipped" if vectors.skipped else ""
+    typer.echo(f"{out}: {read}, vectors of {vectors.vectors.shape[1]}{skipped}")
     raise typer.Exit(1 if vectors.skipped else 0)
