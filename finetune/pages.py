@@ -1,7 +1,8 @@
 """The page about a fine-tuning run: ``python finetune/pages.py RUN [RUN …] [out=FOLDER]``, or ``xvlm report``.
 
 Of one run: its numbers and slices, its curves, the best and worst answers drawn, from what training and evaluation left
-in its folder; writes ``report.html`` there. Of several: their numbers side by side, in ``out`` (default: comparison).
+in its folder; writes ``report.html`` there. Of several: their numbers side by side, in ``out``, by default the folder
+``comparison`` beside the first run.
 """
 
 import json
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> None:
     if not folders:
         raise ConfigError("which run? A folder that finetune/train.py wrote, for example runs/grounding-scenes")
     if len(folders) > 1:
-        print(compare(folders, out or Path("comparison")))
+        print(compare(folders, out or folders[0].parent / "comparison"))
         return
     results_of(folders[0])  # says at once what is not there
     print(page(load_config(FinetuneRun, folders[0] / "config.yaml", [f"out={folders[0]}"]), out))

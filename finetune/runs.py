@@ -26,10 +26,12 @@ from xvlm.prose import counted
 from xvlm.run import RunConfig
 
 Count = Annotated[int, Field(ge=1)]
-SLICES = (
-    "words: by the words of the text (xvlm/metrics/slices.py), of a caption's references if any says so. tag, kind: as "
-    "the data says. object: by the true box, as above. An example may be in several slices."
-)
+SLICES = {
+    "words": "words: by the words of the text (xvlm/metrics/slices.py).",
+    "tag": "tag: as the data says.",
+    "kind": "kind: as the data says.",
+    "object": "object: by the true box, as above.",
+}
 READERS = {".csv": "csv_table", ".json": "coco_json", ".jsonl": "json_lines"}  # of files of one's own, by their ending
 
 
@@ -253,16 +255,17 @@ def facts(config: FinetuneRun, task: nn.Module, weights: Path) -> dict[str, Any]
 
 def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any) -> dict[str, Any]:
     """The numbers of a split with all that they depend on."""
+    numbers = config.recipe.numbers(config.task, rows)
     return {
         "task": config.task.name,
         "split": split,
-        "protocol": config.recipe.protocol,
+        "protocol": config.recipe.explain(numbers),
         "settings": config.task.model_dump(mode="json"),
         "data": fingerprint(config.evaluation.splits[split]),
         "commit": probe.commit(),
         **made_with,
         "examples": len(rows),
-        "numbers": config.recipe.numbers(config.task, rows),
+        "numbers": numbers,
         "chance": config.recipe.chance(rows, shards_of(config, split)),
         "slices": {view.headline: by_slice(view, rows) for view in config.recipe.views},
     }
@@ -284,5 +287,7 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     for headline, slices in result["slices"].items():
         rows = [[name, part["examples"], part[headline]] for name, part in slices.items()]
         if rows:
-            made.append(report.Table(f"{title}: slices", ["", "examples", headline], rows, SLICES))
+            notes = [note for kind, note in SLICES.items() if any(name.startswith(f"{kind}: ") for name in slices)]
+            note = " ".join([*notes, "An example may be in several slices."])
+            made.append(report.Table(f"{title}: slices", ["", "examples", headline], rows, note))
     return made if result["numbers"] else []

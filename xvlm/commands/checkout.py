@@ -28,7 +28,10 @@ def demo(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of fine-tuning runs; of several, the numbers compared.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the page. Default: the run's own, or comparison.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the page. Default: the run's own; of several, comparison beside the first."),
+    ] = None,
 ) -> None:
     """Write a page about a run: numbers, slices, curves, best and worst answers drawn (from a checkout)."""
     words = [*map(str, runs), *([] if out is None else [f"out={out}"])]
