@@ -193,11 +193,11 @@ BOXES = (
     "stored image."
 )
 ABSENT = {
-    "absent": "Of phrases without a target (gRefCOCO), whose share is absent: n_acc is the share of them of which that "
-    "is said, t_acc the share of the others of which it is not, f1_precision the share of all phrases answered with no "
-    "box or the only one, as is right, by IoU (and by generalised IoU, as in gRefCOCO's script), several the share "
-    "that name more than one thing; calibration_error is the ECE of presence in 15 bins. Without a presence every box is an "
-    "answer."
+    "absent": "Of phrases without a target (gRefCOCO), whose share is absent: n_acc is the share of them of which "
+    "that is said, t_acc the share of the others of which it is not, f1_precision the share of all "
+    "phrases answered with no box or the only one, as is right, by IoU (and by generalised IoU, as in "
+    "gRefCOCO's script), several the share that name more than one thing; calibration_error is the ECE of "
+    "presence in 15 bins. Without a presence every box is an answer."
 }
 
 RECIPES = {
@@ -236,9 +236,9 @@ RECIPES = {
         numbers=lambda task, rows: numbers_of_heat(rows),
         chance=chance_of_heat,
         protocol=f"{BOXES} The box is the proposal in which Grad-CAM of the matching head, at one cross layer, has "
-        "most heat over area ** alpha, or where nothing is proposed the box around the heat. pointing_game: the hottest "
-        "cell's middle is in the true box; energy_in_box: the share of heat in it. Chance: any of the proposals, "
-        "without proposals the whole image.",
+        "most heat over area ** alpha, or where nothing is proposed the box around the heat. "
+        "pointing_game: the hottest cell's middle is in the true box; energy_in_box: the share of "
+        "heat in it. Chance: any of the proposals, without proposals the whole image.",
         notes=ABSENT,
         views=(GROUNDING,),
         facts=facts_of_heat,

@@ -23,7 +23,7 @@ from xvlm.models.init import InitConfig, initial_model, pretrained_model
 from xvlm.models.lora import LoraConfig, adapt
 from xvlm.models.xvlm import XVLM
 from xvlm.prose import counted
-from xvlm.run import RunConfig
+from xvlm.run import RunConfig, packed_to, reading
 
 Count = Annotated[int, Field(ge=1)]
 SLICES = {
@@ -70,8 +70,8 @@ class FinetuneRun(RunConfig):
     """Everything a fine-tuning run depends on."""
 
     title: str = "Fine-tuning"
-    # Your own files instead of a corpus, by split: {train: my.csv}. They are packed to <out>/shards. Without a `val`,
-    # every tenth image of train is held out.
+    # Your own files instead of a corpus, by split: {train: my.csv}. They are packed to corpus.out, by default
+    # <out>/shards. Without a `val`, every tenth image of train is held out.
     data: dict[str, Path] = {}
     task: TaskConfig
     init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
@@ -99,7 +99,11 @@ class FinetuneRun(RunConfig):
         if len(kinds) > 1 or not kinds <= READERS.keys():
             found = ", ".join(map(str, data.values()))
             raise ValueError(f"data: found {found}; expected files that all end in one of {', '.join(READERS)}")
-        shards = Path(str(values.get("out"))) / "shards"
+        match values:
+            case {"corpus": {"out": out}}:
+                shards = Path(str(out))
+            case _:
+                shards = Path(str(values.get("out"))) / "shards"
         splits = ["train", "val", *(split for split in data if split not in ("train", "val"))]
         corpus = {"reader": READERS[kinds.pop()], "files": data, "out": str(shards), "splits": dict.fromkeys(splits)}
         made = {
@@ -108,6 +112,19 @@ class FinetuneRun(RunConfig):
             "evaluation": {"splits": {split: str(shards / split) for split in splits[1:]}},
         }
         return merge(made, values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def what_names_no_shards_reads_the_corpus(cls, values: Any) -> Any:
+        """The stream ``train``, the retention ``test``; evaluated are all splits but ``train``."""
+        packed = packed_to(values)
+        if "train" in packed:
+            values = reading(values, "stream", [packed["train"]])
+        values = reading(values, "retention", packed.get("test"))
+        match values:
+            case {"evaluation": {"splits": _}}:
+                return values
+        return merge({"evaluation": {"splits": {split: packed[split] for split in packed if split != "train"}}}, values)
 
     @model_validator(mode="after")
     def the_stream_fits_the_task(self) -> "FinetuneRun":
