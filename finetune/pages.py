@@ -1,7 +1,8 @@
 """The page about a fine-tuning run: ``python finetune/pages.py RUN [RUN …] [out=FOLDER]``, or ``xvlm report``.
 
 Of one run: its numbers and slices, its curves, the best and worst answers drawn, from what training and evaluation left
-in its folder; writes ``report.html`` there. Of several: their numbers side by side, in ``out`` (default: comparison).
+in its folder; writes ``report.html`` there. Of several: their numbers side by side, in ``out``, by default the folder
+``comparison`` beside the first run.
 """
 
 import json
@@ -16,6 +17,7 @@ from views import galleries
 from xvlm import probe, report, runlog, viz
 from xvlm.config import ConfigError, load_config
 from xvlm.data.shards import Shards
+from xvlm.prose import counted
 from xvlm.run import script
 
 FACTS = ("commit", "seed", "machine", "torch", "device", "minutes", "layer", "proposals")
@@ -27,7 +29,7 @@ def main(arguments: list[str]) -> None:
     if not folders:
         raise ConfigError("which run? A folder that finetune/train.py wrote, for example runs/grounding-scenes")
     if len(folders) > 1:
-        print(compare(folders, out or Path("comparison")))
+        print(compare(folders, out or folders[0].parent / "comparison"))
         return
     results_of(folders[0])  # says at once what is not there
     print(page(load_config(FinetuneRun, folders[0] / "config.yaml", [f"out={folders[0]}"]), out))
@@ -86,7 +88,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     alike: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for folder in folders:
         for result in results_of(folder):
-            examples = f"{result['examples']} examples, data {result['data']['sha256'][:12]}"
+            examples = f"{counted(result['examples'], 'example')}, data {result['data']['sha256'][:12]}"
             if "proposals" in result:
                 examples += f", proposals {result.get('proposals_sha256', result['proposals'])}"
             same = (f"{result['task']}, {result['split']}", examples, result["protocol"])

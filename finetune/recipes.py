@@ -1,7 +1,7 @@
 """The tasks one can fine-tune on, each by its parts: what it learns from, the model, how it is asked, its numbers."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +56,8 @@ class Recipe:
     row: type  # of what `ask` returns
     numbers: Callable[[Any, Sequence[Any]], Numbers]  # of the task's configuration and rows
     chance: Callable[[Sequence[Any], Shards], Numbers]  # of an answer that needs no model
-    protocol: str  # what the numbers are
+    protocol: str  # what the numbers are, those that there always are
+    notes: Mapping[str, str] = field(default_factory=dict)  # what others are, by how their names begin
     views: tuple[View, ...] = ()  # how a report looks at the rows
     stream: Callable[..., Stream] = texts_about_images
     model: type[Pretrained] = XVLM
@@ -68,6 +69,11 @@ class Recipe:
     more_heads: Callable[[Any], tuple[str, ...]] = lambda task: ()  # those that this configuration of the task needs
     # What else the answers depend on, for the results: of the task, `evaluation.proposals`, the folder of the weights.
     facts: Callable[..., dict[str, Any]] = lambda task, **_: {}
+
+    def explain(self, numbers: Numbers) -> str:
+        """What these numbers are, and nothing about numbers that are not among them."""
+        notes = [note for name, note in self.notes.items() if any(number.startswith(name) for number in numbers)]
+        return " ".join([self.protocol, *notes])
 
 
 # How each is asked about a split: a row for each example, on every process the same.
@@ -182,6 +188,19 @@ def ask_for_truth(
     return evaluate.each_once(predict, processor, shards, indices, batch_size=batch_size)
 
 
+BOXES = (
+    "acc@t: share of phrases whose box has an IoU of t or more with the true one (right and bottom exclusive). "
+    "overall_iou: summed intersections over summed unions. small, medium, large: below 32² and 96² pixels of the "
+    "stored image."
+)
+ABSENT = {
+    "absent": "Of phrases without a target (gRefCOCO), whose share is absent: n_acc is the share of them of which "
+    "that is said, t_acc the share of the others of which it is not, f1_precision the share of all "
+    "phrases answered with no box or the only one, as is right, by IoU (and by generalised IoU, as in "
+    "gRefCOCO's script), several the share that name more than one thing; calibration_error is the ECE of "
+    "presence in 15 bins. Without a presence every box is an answer."
+}
+
 RECIPES = {
     "retrieval": Recipe(
         task=retrieval.Task,
@@ -203,13 +222,8 @@ RECIPES = {
         row=evaluate.Query,
         numbers=lambda task, rows: evaluate.referring_numbers(rows),
         chance=lambda rows, shards: evaluate.referring_numbers(evaluate.whole_images(rows, shards)),
-        protocol="acc@t: share of phrases whose box has an IoU of t or more with the true one (right and bottom "
-        "exclusive). overall_iou: summed intersections over summed unions. small, medium, large: below 32² and 96² "
-        "pixels of the stored image. Chance: the whole image as the answer. Of phrases without a target (gRefCOCO), "
-        "whose share is absent: n_acc is the share of them of which that is said, t_acc the share of the others of "
-        "which it is not, f1_precision the share of all phrases answered with no box or the only one, as is right, by "
-        "IoU (and by generalised IoU, as in gRefCOCO's script), several the share that name more than one thing; "
-        "calibration_error is the ECE of presence in 15 bins. Without a presence every box is an answer.",
+        protocol=f"{BOXES} Chance: the whole image as the answer.",
+        notes=ABSENT,
         views=(GROUNDING,),
         more_heads=lambda task: ("itm_head",) if task.itm else (),
         facts=facts_of_presence,
@@ -222,10 +236,11 @@ RECIPES = {
         row=evaluate.Query,
         numbers=lambda task, rows: numbers_of_heat(rows),
         chance=chance_of_heat,
-        protocol="As grounding's, of the proposal in which Grad-CAM of the matching head, at one cross layer, has most "
-        "heat over area ** alpha; where nothing is proposed, of the box around the heat. pointing_game: the hottest "
-        "cell's middle is in the true box; energy_in_box: the share of heat in it. Chance: any of the proposals, "
-        "without proposals the whole image.",
+        protocol=f"{BOXES} The box is the proposal in which Grad-CAM of the matching head, at one cross layer, has "
+        "most heat over area ** alpha, or where nothing is proposed the box around the heat. "
+        "pointing_game: the hottest cell's middle is in the true box; energy_in_box: the share of "
+        "heat in it. Chance: any of the proposals, without proposals the whole image.",
+        notes=ABSENT,
         views=(GROUNDING,),
         facts=facts_of_heat,
     ),
@@ -238,7 +253,8 @@ RECIPES = {
         numbers=lambda task, rows: vqa.numbers(rows),
         chance=lambda rows, shards: vqa.numbers(vqa.commonest(rows)),
         protocol="VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving each annotator out, after the "
-        "server's normalisation; by kind of question too. Chance: the commonest answer of this split to each kind.",
+        "server's normalisation. Chance: the commonest answer of this split to each kind of question.",
+        notes={"accuracy ": "accuracy KIND: of questions of that kind."},
         views=(VQA,),
         stream=lambda task, config, processor, **place: vqa.Questions(config, processor, None, **place),
         model=Answerer,
@@ -255,7 +271,7 @@ RECIPES = {
         chance=lambda rows, shards: captioning.numbers(captioning.of_others(rows)),
         protocol="CIDEr is CIDEr-D, document frequencies from this split's references; BLEU-n of the whole split "
         "against the nearest length; ROUGE-L with beta 1.2; own implementations and tokenizer. Chance: what people "
-        "wrote of another image.",
+        "wrote of another image. Words that slices go by are those of an image's references, of any of them.",
         views=(CAPTIONING,),
         stream=captioning.Captions,
         prepare=captioning.prepare,

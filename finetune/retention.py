@@ -43,7 +43,7 @@ def about(config: FinetuneRun, before: Numbers, after: Numbers) -> dict[str, Any
     """Both with what they depend on."""
     return {
         "task": config.retention.task.name,
-        "protocol": _old(config).recipe.protocol,
+        "protocol": _old(config).recipe.explain(before),
         "settings": config.retention.task.model_dump(mode="json"),
         "data": fingerprint(config.retention.shards),
         "before": before,

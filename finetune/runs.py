@@ -22,13 +22,16 @@ from xvlm.data.stream_config import StreamConfig, locate
 from xvlm.models.init import InitConfig, initial_model, pretrained_model
 from xvlm.models.lora import LoraConfig, adapt
 from xvlm.models.xvlm import XVLM
-from xvlm.run import RunConfig
+from xvlm.prose import counted
+from xvlm.run import RunConfig, packed_to, reading
 
 Count = Annotated[int, Field(ge=1)]
-SLICES = (
-    "words: by the words of the text (xvlm/metrics/slices.py), of a caption's references if any says so. tag, kind: as "
-    "the data says. object: by the true box, as above. An example may be in several slices."
-)
+SLICES = {
+    "words": "words: by the words of the text (xvlm/metrics/slices.py).",
+    "tag": "tag: as the data says.",
+    "kind": "kind: as the data says.",
+    "object": "object: by the true box, as above.",
+}
 READERS = {".csv": "csv_table", ".json": "coco_json", ".jsonl": "json_lines"}  # of files of one's own, by their ending
 
 
@@ -67,8 +70,8 @@ class FinetuneRun(RunConfig):
     """Everything a fine-tuning run depends on."""
 
     title: str = "Fine-tuning"
-    # Your own files instead of a corpus, by split: {train: my.csv}. They are packed to <out>/shards. Without a `val`,
-    # every tenth image of train is held out.
+    # Your own files instead of a corpus, by split: {train: my.csv}. They are packed to corpus.out, by default
+    # <out>/shards. Without a `val`, every tenth image of train is held out.
     data: dict[str, Path] = {}
     task: TaskConfig
     init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
@@ -96,7 +99,11 @@ class FinetuneRun(RunConfig):
         if len(kinds) > 1 or not kinds <= READERS.keys():
             found = ", ".join(map(str, data.values()))
             raise ValueError(f"data: found {found}; expected files that all end in one of {', '.join(READERS)}")
-        shards = Path(str(values.get("out"))) / "shards"
+        match values:
+            case {"corpus": {"out": out}}:
+                shards = Path(str(out))
+            case _:
+                shards = Path(str(values.get("out"))) / "shards"
         splits = ["train", "val", *(split for split in data if split not in ("train", "val"))]
         corpus = {"reader": READERS[kinds.pop()], "files": data, "out": str(shards), "splits": dict.fromkeys(splits)}
         made = {
@@ -105,6 +112,19 @@ class FinetuneRun(RunConfig):
             "evaluation": {"splits": {split: str(shards / split) for split in splits[1:]}},
         }
         return merge(made, values)
+
+    @model_validator(mode="before")
+    @classmethod
+    def what_names_no_shards_reads_the_corpus(cls, values: Any) -> Any:
+        """The stream ``train``, the retention ``test``; evaluated are all splits but ``train``."""
+        packed = packed_to(values)
+        if "train" in packed:
+            values = reading(values, "stream", [packed["train"]])
+        values = reading(values, "retention", packed.get("test"))
+        match values:
+            case {"evaluation": {"splits": _}}:
+                return values
+        return merge({"evaluation": {"splits": {split: packed[split] for split in packed if split != "train"}}}, values)
 
     @model_validator(mode="after")
     def the_stream_fits_the_task(self) -> "FinetuneRun":
@@ -252,16 +272,17 @@ def facts(config: FinetuneRun, task: nn.Module, weights: Path) -> dict[str, Any]
 
 def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any) -> dict[str, Any]:
     """The numbers of a split with all that they depend on."""
+    numbers = config.recipe.numbers(config.task, rows)
     return {
         "task": config.task.name,
         "split": split,
-        "protocol": config.recipe.protocol,
+        "protocol": config.recipe.explain(numbers),
         "settings": config.task.model_dump(mode="json"),
         "data": fingerprint(config.evaluation.splits[split]),
         "commit": probe.commit(),
         **made_with,
         "examples": len(rows),
-        "numbers": config.recipe.numbers(config.task, rows),
+        "numbers": numbers,
         "chance": config.recipe.chance(rows, shards_of(config, split)),
         "slices": {view.headline: by_slice(view, rows) for view in config.recipe.views},
     }
@@ -279,9 +300,11 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     found = {name: column for name, column in columns.items() if column}
     rows = [[name, *(column.get(name) for column in found.values())] for name in result["numbers"]]
     title = f"{result['task']}, {result['split']}"
-    made = [report.Table(f"{title}: {result['examples']} examples", ["", *found], rows, result["protocol"])]
+    made = [report.Table(f"{title}: {counted(result['examples'], 'example')}", ["", *found], rows, result["protocol"])]
     for headline, slices in result["slices"].items():
         rows = [[name, part["examples"], part[headline]] for name, part in slices.items()]
         if rows:
-            made.append(report.Table(f"{title}: slices", ["", "examples", headline], rows, SLICES))
+            notes = [note for kind, note in SLICES.items() if any(name.startswith(f"{kind}: ") for name in slices)]
+            note = " ".join([*notes, "An example may be in several slices."])
+            made.append(report.Table(f"{title}: slices", ["", "examples", headline], rows, note))
     return made if result["numbers"] else []

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 from xvlm import hub, probe, report
+from xvlm.run import script
 
 VARIANTS = {
     "all losses": [],
@@ -39,14 +40,14 @@ def main(arguments: list[str]) -> None:
 
     def train(run: tuple[str, int]) -> None:
         variant, seed = run
-        script, log = str(Path(__file__).with_name("train.py")), runs[run].with_suffix(".txt")
+        pretraining, log = str(Path(__file__).with_name("train.py")), runs[run].with_suffix(".txt")
         print(f"{variant}, seed {seed}: {runs[run]}", flush=True)
         log.parent.mkdir(parents=True, exist_ok=True)
         # What a variant is comes last: nothing given may undo it.
         fixed = [*VARIANTS[variant], f"out={runs[run]}", f"train.seed={seed}"]
         with log.open("w") as told:
             one_core = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-            command = [sys.executable, script, config, *given, *fixed]
+            command = [sys.executable, pretraining, config, *given, *fixed]
             ended = subprocess.run(command, check=False, env=one_core, stdout=told, stderr=told)
         if ended.returncode:
             sys.exit(f"error: {variant}, seed {seed}: {log.read_text().strip().splitlines()[-1]} ({log})")
@@ -84,4 +85,4 @@ def write(out: Path, runs: dict[tuple[str, int], Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    script(main)

@@ -7,7 +7,7 @@ weights, ``results.json`` and ``report.html`` in the run folder. The same comman
 import json
 import time
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
@@ -22,7 +22,7 @@ from xvlm.data.streams import loader
 from xvlm.data.words import WordMasking
 from xvlm.models.init import InitConfig, initial_model
 from xvlm.models.xvlm import XVLMConfig
-from xvlm.run import RunConfig, command, dry_folder, finished, keep, prepare, script
+from xvlm.run import RunConfig, command, dry_folder, finished, keep, packed_to, prepare, reading, script
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 
 
@@ -38,6 +38,15 @@ class PretrainRun(RunConfig):
     masking: WordMasking = WordMasking()
     task: PretrainingConfig = PretrainingConfig()
     evaluation: probe.ProbeConfig = probe.ProbeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def what_names_no_shards_reads_the_corpus(cls, values: Any) -> Any:
+        """Of a stream ``train``, of a slice ``test``."""
+        packed = packed_to(values)
+        if "train" in packed:
+            values = reading(values, "streams.*", [packed["train"]])
+        return reading(values, "evaluation.slices.*", packed.get("test"))
 
     @model_validator(mode="after")
     def there_is_something_to_learn(self) -> "PretrainRun":

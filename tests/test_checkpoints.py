@@ -192,7 +192,7 @@ def test_the_card_says_where_the_weights_come_from(tmp_path, state):
         "SHA-256",
         "- coco.json",
         "BSD-3-Clause",
-        "3 position tables were resized",
+        "3 position tables resized",
     ):
         assert part in card
 

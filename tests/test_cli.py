@@ -72,6 +72,30 @@ def test_help_lists_the_commands_without_importing_torch():
     assert imported.isdisjoint({"torch", "timm", "transformers", "accelerate"})
 
 
+def test_data_is_checked_and_counted_without_importing_torch(tmp_path):
+    shards, index = tmp_path / "shards/train", tmp_path / "index"
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--limit", 2, "--workers", 0)
+    commands = [
+        ["check", shards, "--workers", 0],
+        ["stats", shards],
+        ["schema"],
+        ["index", shards / "000000.tar", "--out", index, "--cache", tmp_path / "cache"],
+    ]
+    script = "import sys\nfrom typer.testing import CliRunner\nfrom xvlm.__main__ import app\n" + "".join(
+        f"assert CliRunner().invoke(app, {['data', *map(str, words)]}).exit_code == 0\n" for words in commands
+    )
+    script += "assert 'xvlm.data.shards' in sys.modules and 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_what_is_wrong_with_a_demo_is_one_line():
+    command = [sys.executable, "-m", "xvlm", "demo", "nonsense=1"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert re.fullmatch(r"error: .*demo\.yaml: unknown key 'nonsense'; .*\n", ran.stderr)
+
+
 def test_scenes_are_packed_and_shown(tmp_path):
     printed = lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "test", "--limit", 6, "--workers", 1)
     assert printed[-1] == f"{tmp_path / 'shards/test'}: 6 records"
@@ -87,7 +111,7 @@ def test_tars_are_indexed_and_then_shown_like_packed_ones(monkeypatch, tmp_path)
     (tmp_path / "shards/train/index.json").unlink()
     tars, index = f"pipe:cat {tmp_path}/shards/train/{{000000..000000}}.tar", tmp_path / "index"
     printed = lines_of("data", "index", tars, "--out", index, "--cache", tmp_path / "cache")
-    assert printed[-1] == f"{index}: 4 records in 1 tars"
+    assert printed[-1] == f"{index}: 4 records in 1 tar"
     lines_of("data", "show", tmp_path / "index", "--out", tmp_path / "sheet.png", "--count", 4)
     assert (tmp_path / "sheet.png").stat().st_size
     assert "cannot be fetched" in error_of(monkeypatch, "data", "index", "pipe:false", "--out", tmp_path / "other")
@@ -126,7 +150,7 @@ def test_a_source_is_checked_before_it_is_packed(tmp_path):
     fix = str(tmp_path / "fixed")
     ran = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--reader", "coco", "--workers", "0", "--fix", fix])
     assert ran.exit_code == 0
-    assert ran.stdout.endswith(f"{tmp_path}: 1 records, 0 problems left\n")
+    assert ran.stdout.endswith(f"{tmp_path}: 1 record, 0 problems left\n")
     assert Shards(fix).read(0)[0].captions == []
 
 
@@ -194,7 +218,7 @@ def test_embed_writes_vectors_and_ends_with_status_1_where_an_image_was_skipped(
     out, boxes = tmp_path / "vectors.npz", tmp_path / "boxes.jsonl"
     boxes.write_text('{"image": "scene.png", "boxes_xyxy": [[0, 0, 48, 96], [3, 4, 9, 90]]}\n')
     printed = lines_of("embed", picture, "--boxes", boxes, "--model", folder, "--out", out)
-    assert printed[-1] == f"{out}: 1 images, 2 boxes, vectors of 8"
+    assert printed[-1] == f"{out}: 1 image, 2 boxes, vectors of 8"
     with np.load(out) as kept:
         assert kept["ids"].tolist() == ["scene.png", "scene.png#0", "scene.png#1"]
         assert kept["model"] == str(folder)
@@ -203,7 +227,7 @@ def test_embed_writes_vectors_and_ends_with_status_1_where_an_image_was_skipped(
     ran = CliRunner().invoke(app, [*both, "--model", str(folder), "--out", str(out)])
     assert ran.exit_code == 1
     assert "broken.png: image cannot be decoded: " in ran.stdout
-    assert ran.stdout.endswith("1 images, 0 boxes, vectors of 8; 1 images skipped\n")
+    assert ran.stdout.endswith("1 image, 0 boxes, vectors of 8; 1 image skipped\n")
     assert "--device banana: torch cannot use it" in error_of(monkeypatch, "embed", picture, "--device", "banana")
     boxes.write_text('{"image": "scene.png", "boxes_xyxy": [[0, 0, 97, 9]]}\n')
     message = error_of(monkeypatch, "embed", picture, "--boxes", boxes, "--model", folder, "--out", out)

@@ -1,8 +1,9 @@
 """Configurations: strict, with the nearest name; numbers and words mean what people mean; files round-trip."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from xvlm.config import ConfigError, Configured, dump_config, load_config, parse_yaml
 
@@ -13,8 +14,17 @@ class Inner(Configured):
     norm: Literal["layer", "batch"] = "layer"
 
 
+class Sit(Configured):
+    name: Literal["sit"] = "sit"
+
+
+class Stand(Configured):
+    name: Literal["stand"] = "stand"
+
+
 class Outer(Configured):
     steps: int
+    task: Annotated[Sit | Stand, Field(discriminator="name")] = Sit()
     optim: Inner = Inner()
     parts: dict[str, Inner] = {}
 
@@ -50,6 +60,17 @@ def test_base_and_overrides(tmp_path):
             r"optim.norm: .*'layer' or 'batch' \(found 'bach'\); did you mean 'batch'\?$",
         ),
         ("optim: {}\n", "missing key 'steps'"),
+        (
+            "steps: 1\noptim: fast\n",
+            r"optim: expected keys with values, found 'fast'; a single key is optim\.lr=\.\.\.$",
+        ),
+        ("steps: 1\noptim:\n", r"optim: expected keys with values, found None; "),
+        ("steps: 1\nparts: {x: 3}\n", r"parts\.x: expected keys with values, found 3; a single key is parts\.x\.lr="),
+        ("steps: 1\ntask: sit\n", r"top.yaml: task: expected keys with values, found 'sit'; .* task\.name=\.\.\.$"),
+        (
+            "steps: 1\ntask: {name: sitt}\n",
+            r"top.yaml: task\.name: expected one of 'sit', 'stand' \(found 'sitt'\); did you mean 'sit'\?$",
+        ),
         ("- 1\n", "expected a mapping"),
         ("steps: [1\n", "not readable as YAML"),
         ("base: nowhere.yaml\n", "nowhere.yaml: no such configuration file"),

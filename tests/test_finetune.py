@@ -330,6 +330,8 @@ def test_a_run_is_trained_evaluated_and_scored_again(scripts, folder, tmp_path, 
     pages.main([str(out), str(out), f"out={tmp_path / 'both'}"])
     printed = capsys.readouterr().out
     assert f"{trained['numbers']['accuracy']:.3f}" in printed and (tmp_path / "both/report.html").exists()
+    pages.main([str(out), str(out / "elsewhere-other")])
+    assert (tmp_path / "comparison/report.html").exists()  # beside the first run
     with pytest.raises(FileNotFoundError, match=r"no results-\*\.json"):
         pages.main([str(tmp_path)])
 
@@ -446,6 +448,24 @@ def test_written_rows_give_the_same_numbers_and_the_slices_add_up(task, scripts,
         assert captions[drawn[0].pictures[0][1]] == scores[-1] > scores[0] == captions[drawn[1].pictures[0][1]]
 
 
+def test_a_page_explains_the_numbers_and_slices_that_are_on_it(scripts, rows, folder, tmp_path):
+    runs = sys.modules["runs"]
+
+    def notes(task, rows):
+        overrides = [f"out={tmp_path}", f"evaluation.splits.test={folder}"]
+        config = load_config(runs.FinetuneRun, ROOT / f"configs/finetune/{task}_scenes.yaml", overrides)
+        return [table.note for table in runs.tables(runs.judge(config, "test", rows))]
+
+    numbers, slices = notes("grounding", rows["grounding"])
+    assert "overall_iou" in numbers and "n_acc" not in numbers and "calibration_error" not in numbers
+    assert "object: " in slices and "tag: " in slices and "kind: " not in slices
+    absent = replace(rows["grounding"][0], boxes_xyxy=())
+    assert "n_acc is" in notes("grounding", [*rows["grounding"], absent])[0]
+    numbers, slices = notes("vqa", rows["vqa"])
+    assert "accuracy KIND" in numbers and "kind: " in slices and "object: " not in slices
+    assert "accuracy KIND" not in notes("vqa", [replace(row, kind="") for row in rows["vqa"]])[0]
+
+
 def test_tags_kinds_and_sizes_are_slices(scripts, rows):
     views = sys.modules["views"]
     phrases = views.by_slice(views.GROUNDING, rows["grounding"])
@@ -509,9 +529,8 @@ def test_one_file_of_ones_own_is_trained_on_with_every_tenth_image_held_out(scri
     assert [val.key(i) for i in range(len(val))] == ["pictures_0", "pictures_10"]
     assert [train.key(i) for i in range(len(train))] == [f"pictures_{i}" for i in range(1, 10)]
     result = json.loads((out / "results-val.json").read_text())
-    assert (
-        result["examples"] in (2, 4) and result["numbers"]
-    )  # retrieval asks for images and for texts and 0 < result["parameters that learn"] <= result["parameters"]
+    assert result["examples"] in (2, 4) and result["numbers"]  # retrieval asks for images and for texts
+    assert 0 < result["parameters that learn"] <= result["parameters"]
 
 
 def test_validation_images_in_a_file_of_their_own(scripts, tmp_path):

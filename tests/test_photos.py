@@ -29,8 +29,8 @@ def pretrain(folder: Path, tmp_path: Path) -> subprocess.CompletedProcess:
     overrides += [f"corpus.splits={{train: {TRAIN}, test: {TEST}}}"]
     overrides += [f"train.steps={STEPS}", "train.log_every=1", "train.save_every=10"]
     for stream in ("caption", "region"):
-        overrides += [f"streams.{stream}.{value}" for value in (f"shards=[{shards}/train]", "images=8", "workers=0")]
-    overrides += [f"evaluation.slices.test.shards={shards}/test", "evaluation.captions=2", "evaluation.top_k=4"]
+        overrides += [f"streams.{stream}.{value}" for value in ("images=8", "workers=0")]
+    overrides += ["evaluation.captions=2", "evaluation.top_k=4"]
     return run("pretrain/train.py", "configs/pretrain/photos.yaml", *overrides)
 
 
@@ -86,7 +86,7 @@ def test_twenty_photographs_are_learned_by_heart(tmp_path, weights):
     assert ran.returncode == 0, ran.stderr
     shards, out = tmp_path / "twenty", tmp_path / "overfit"
     overrides = [f"out={out}", f"init.model={tmp_path / 'run/model'}", f"corpus.folder={PHOTOGRAPHS}"]
-    overrides += [f"corpus.out={shards}", f"stream.shards=[{shards}/train]", f"evaluation.splits.train={shards}/train"]
+    overrides += [f"corpus.out={shards}", f"evaluation.splits.train={shards}/train"]
     ran = run("finetune/train.py", "configs/finetune/photos_overfit.yaml", *overrides)
     assert ran.returncode == 0, ran.stderr
     results = json.loads((out / "results-train.json").read_text())

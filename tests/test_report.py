@@ -106,6 +106,6 @@ def test_an_empty_report_is_a_page(tmp_path):
 
 
 def test_a_row_that_does_not_fit(tmp_path):
-    with pytest.raises(ValueError, match="table 'acc' row 1: 1 cells under 2 columns"):
+    with pytest.raises(ValueError, match="table 'acc' row 1: 1 cell under 2 columns"):
         write_report(tmp_path, title="t", tables=[Table("acc", ["a", "b"], [["x", 1], ["y"]])])
     assert not (tmp_path / "report.html").exists()

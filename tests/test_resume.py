@@ -28,7 +28,7 @@ from xvlm.optim import OptimConfig
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 
 STEPS, RECORDS = 8, 14  # an epoch of captions ends within a batch
-TIMING = {"seconds", "images_per_s", "texts_per_s", "waiting_for_data", "memory_gb"}
+TIMING = {"seconds", "images_per_s", "texts_per_s", "waiting_for_data", "memory_gb", "continued_from"}
 PATIENCE = 1000  # seconds, of a machine that may be busy; a test that hangs ends by its own limit
 FORK = multiprocessing.get_context("fork")  # nothing to import again
 

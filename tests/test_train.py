@@ -67,7 +67,7 @@ def test_a_continued_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, recip
     assert straight.keys() == continued.keys()
     for name, tensor in straight.items():
         assert torch.equal(tensor, continued[name]), name
-    timing = {"seconds", "images_per_s", "texts_per_s", "waiting_for_data", "memory_gb"}
+    timing = {"seconds", "images_per_s", "texts_per_s", "waiting_for_data", "memory_gb", "continued_from"}
     logs = [
         [{k: v for k, v in line.items() if k not in timing} for line in runlog.read_log(tmp_path / name)]
         for name in ("straight", "cut")
@@ -219,6 +219,16 @@ def test_a_signal_saves_and_leaves(tmp_path):
     with pytest.raises(train.Interrupted, match="stopped at step 3 of 6"):
         run(tmp_path / "run", streams={"caption": interrupted})
     assert states.states(tmp_path / "run")[0].name == "00000003"
+
+
+def test_a_continued_run_says_where_it_goes_on(tmp_path, capsys):
+    run(tmp_path / "run", steps=2)
+    assert "continuing" not in capsys.readouterr().out
+    run(tmp_path / "run", steps=4)
+    line = f"continuing from step 2 of 4 (checkpoint {tmp_path}/run/state/00000002)"
+    assert capsys.readouterr().out.splitlines() == [line]
+    told = [(each["step"], each.get("continued_from")) for each in runlog.read_log(tmp_path / "run")]
+    assert told == [(1, None), (2, None), (3, 2), (4, None)]
 
 
 def test_only_the_newest_states_are_kept_and_unfinished_ones_do_not_count(tmp_path):

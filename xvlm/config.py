@@ -130,13 +130,25 @@ def _explain(config: type[BaseModel], error: Any) -> str:
         return f"unknown key {key!r}; {hint}"
     if error["type"] == "missing":
         return f"missing key {key!r}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        example = next(iter(_model_at(config, error["loc"])[0].model_fields))
+        return f"{key}: expected keys with values, found {error['input']!r}; a single key is {key}.{example}=..."
+    if error["type"] == "union_tag_invalid":
+        tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"]
+        return (
+            f"{key}.{error['ctx']['discriminator'][1:-1]}: expected one of {tags} (found {tag!r}){_nearest(tag, tags)}"
+        )
     message = error["msg"].removeprefix("Value error, ")
     found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
     if error["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        nearest = difflib.get_close_matches(str(error["input"]), choices, n=1)
-        found += f"; did you mean {nearest[0]!r}?" if nearest else ""
+        found += _nearest(str(error["input"]), error["ctx"]["expected"])
     return f"{key}: {message}{found}" if key else f"{message}{found}"
+
+
+def _nearest(given: str, quoted: str) -> str:
+    """A question after the choice that was probably meant, of those in quotes; nothing where none is near."""
+    nearest = difflib.get_close_matches(given, re.findall(r"'([^']*)'", quoted), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _model_at(config: type[BaseModel], path: Sequence[Any]) -> tuple[type[BaseModel], list[str]]:

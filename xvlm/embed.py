@@ -24,6 +24,7 @@ from xvlm.data.processor import Processor
 from xvlm.data.records import Box
 from xvlm.models.vision import regions_in_pixels
 from xvlm.models.xvlm import XVLM
+from xvlm.prose import counted
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # of images in folders
 
@@ -41,7 +42,7 @@ class Line(Configured):
     @model_validator(mode="after")
     def _an_id_each(self) -> "Line":
         if self.ids is not None and len(self.ids) != len(self.boxes_xyxy):
-            raise ValueError(f"{len(self.ids)} ids for {len(self.boxes_xyxy)} boxes")
+            raise ValueError(f"{counted(len(self.ids), 'id')} for {counted(len(self.boxes_xyxy), 'box', 'boxes')}")
         return self
 
 
@@ -152,7 +153,7 @@ def embed(
     device, size, names = next(model.parameters()).device, processor.config.image_size, list(images)
     boxes = boxes or {}
     if strangers := boxes.keys() - images.keys():
-        raise ValueError(f"boxes of {sorted(strangers)[0]!r}, which is none of the {len(names)} images")
+        raise ValueError(f"boxes of {sorted(strangers)[0]!r}, which is none of the images")
     rows, vectors, skipped = [], [], []
     for first in tqdm(range(0, len(names), batch_size), desc="embedding", unit="batch", disable=not progress):
         pixels, scaled = {}, []
@@ -177,7 +178,7 @@ def embed(
             rows += [(name, name, NOWHERE), *((i, name, box) for i, box in boxes.get(name, {}).items())]
             vectors += [whole[None], parts]
     if not rows:
-        raise ValueError(f"none of the {len(names)} images can be read: {'; '.join(skipped[:1])}")
+        raise ValueError(f"of {counted(len(names), 'image')} none can be read: {'; '.join(skipped[:1])}")
     ids, of, where = zip(*rows, strict=True)
     return Vectors(list(ids), list(of), np.array(where), torch.cat(vectors).numpy(), skipped)
 

@@ -19,6 +19,7 @@ from xvlm.data.processor import Processor
 from xvlm.data.shards import BrokenSample, Shards
 from xvlm.grounder import Method
 from xvlm.models.xvlm import XVLM
+from xvlm.prose import counted
 
 Numbers = dict[str, float]
 Count = Annotated[int, Field(ge=1)]
@@ -142,7 +143,7 @@ def facts(out: Path, seed: int, minutes: float, device: torch.device = _CPU) -> 
     return {
         "commit": ", ".join((out / "commits.txt").read_text().split()),
         "seed": seed,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_processor_name()}",
+        "machine": f"{platform.machine()}, {counted(os.cpu_count() or 1, 'core')}, {_processor_name()}",
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "minutes": round(minutes, 2),

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from xvlm.hub import write_atomically
+from xvlm.prose import counted
 
 Cell = str | int | float | None
 
@@ -76,7 +77,8 @@ def _facts(facts: Mapping[str, Cell]) -> str:
 def _table(table: Table) -> str:
     for i, row in enumerate(table.rows):
         if len(row) != len(table.columns):
-            raise ValueError(f"table {table.title!r} row {i}: {len(row)} cells under {len(table.columns)} columns")
+            cells, columns = counted(len(row), "cell"), counted(len(table.columns), "column")
+            raise ValueError(f"table {table.title!r} row {i}: {cells} under {columns}")
     numeric = [all(_is_number(row[i]) for row in table.rows) for i in range(len(table.columns))]
     kinds = [' class="number"' if numbers else "" for numbers in numeric]
     head = "".join(f"<th{kind}>{escape(column)}</th>" for kind, column in zip(kinds, table.columns, strict=True))

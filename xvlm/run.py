@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from xvlm import distributed, probe, runlog, train
 from xvlm.config import ConfigError, Configured, dump_config, load_config
@@ -30,12 +30,36 @@ class RunConfig(Configured):
 
     out: Path
     title: str
-    corpus: CorpusConfig | None = None  # packed first; the streams then read <corpus.out>/<split>
+    corpus: CorpusConfig | None = None  # packed first; what names no shards then reads <corpus.out>/<split>
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
 
 
 Run = TypeVar("Run", bound=RunConfig)
+
+
+def packed_to(values: Any) -> dict[str, str]:
+    """The folder of each split of the corpus in a configuration's values; of none where they have no corpus."""
+    match values:
+        case {"corpus": {"out": out, "splits": {**splits}}}:
+            return {split: str(Path(str(out)) / split) for split in splits}
+    return {}
+
+
+def reading(values: Any, place: str, shards: Any) -> Any:
+    """A configuration's values with ``shards`` in each mapping at a place that names none.
+
+    Args:
+        place: keys, ``*`` for any: ``streams.*``.
+        shards: None changes nothing.
+    """
+    key, _, rest = place.partition(".")
+    if shards is None or not isinstance(values, dict):
+        return values
+    if not key:
+        return values if {"shards", "sources"} & values.keys() else values | {"shards": shards}
+    keys = values.keys() if key == "*" else values.keys() & {key}
+    return values | {each: reading(values[each], rest, shards) for each in keys}
 
 
 def command(kind: type[Run], work: Callable[[Run, bool], None], arguments: Sequence[str]) -> None:
@@ -63,9 +87,13 @@ def command(kind: type[Run], work: Callable[[Run, bool], None], arguments: Seque
 
 
 def script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's ``main`` on the command line; what goes wrong ends in one line."""
+    """Run a script's ``main`` on the command line; what goes wrong ends in one line, output nobody reads in none."""
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes when it ends
+        sys.exit(1)
     except (ConfigError, ValueError, OSError, FloatingPointError, UnusableData, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     except train.Interrupted as stopped:

@@ -34,6 +34,7 @@ class Log:
         self.accelerator, self.every, self.last = accelerator, every, last
         self.path = out / "log.jsonl"
         self.before, self.begun = seconds_so_far(out, step), time.perf_counter()
+        self.continued = {"continued_from": step} if step else {}  # for the next line
         self._reset()
         # By this process; the first also carries what was seen before the run was continued.
         self.seen = Counter(seen if accelerator.is_main_process else {})
@@ -81,7 +82,8 @@ class Log:
             line |= {"skipped": seen.pop("skipped", 0), "waiting_for_data": self.waited / seconds}
             line |= {"seconds": self.before + time.perf_counter() - self.begun}
             if self.accelerator.is_main_process:
-                _append(self.path, line | {"seen": seen})
+                _append(self.path, line | self.continued | {"seen": seen})
+            self.continued = {}
             self.accelerator.log(line | {f"seen/{what}": n for what, n in seen.items()}, step=step)
             self._reset()
 

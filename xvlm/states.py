@@ -18,6 +18,11 @@ def states(out: Path) -> list[Path]:
     return sorted((out / "state").glob("[0-9]*"), reverse=True) if (out / "state").is_dir() else []
 
 
+def place(out: Path, step: int) -> Path:
+    """Where the state after a step is."""
+    return out / "state" / f"{step:08d}"
+
+
 class Progress(NamedTuple):
     """How far a run has come: steps, the updates read from each stream, and what was seen in them."""
 
@@ -51,7 +56,7 @@ def restore(out: Path, engine: Engine) -> Progress | None:
 def save(out: Path, progress: Progress, engine: Engine, keep: int) -> None:
     """Write a state beside its final place and move it there in one step; older ones go only afterwards."""
     saved = progress._asdict() | engine.state()
-    folder, unfinished = out / "state" / f"{progress.step:08d}", out / "state" / ".unfinished"
+    folder, unfinished = place(out, progress.step), out / "state" / ".unfinished"
     if distributed.world().rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

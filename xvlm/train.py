@@ -164,6 +164,9 @@ def fit(
         raise ConfigError("train.accumulate: DeepSpeed updates the weights after every backward pass")
     begun, positions, seen = states.restore(out, engine) or Progress(0, dict.fromkeys(streams, 0), {})
     step = begun
+    if begun and accelerator.is_main_process:
+        checkpoint = states.place(out, begun)
+        print(f"continuing from step {begun} of {config.steps} (checkpoint {checkpoint})", flush=True)
     opened: dict[str, Iterator[Movable]] = {}
     log = Log(out, accelerator, step, seen, every=config.log_every, last=config.steps)
     best = None if validation is None or config.validate_every is None else Best(out, accelerator, step, config.best)

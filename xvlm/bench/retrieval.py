@@ -19,6 +19,7 @@ from xvlm.bench import measure
 from xvlm.bench.naive import fuse_padded, read_padded
 from xvlm.bench.step import SIZES, check, check_timing, make_batch
 from xvlm.models.xvlm import XVLM
+from xvlm.prose import counted
 from xvlm.types import Concepts, Texts, Words
 
 
@@ -53,10 +54,10 @@ class Result:
             ("pairs scored", self.pairs_asked, self.pairs_scored),
             ("GFLOP", self.naive_flops / 1e9, self.flops / 1e9),
         ]
+        gallery = f"{counted(self.images, 'image')}, {counted(self.texts, 'text')}"
         return [
-            f"{self.size}; {self.images} images, {self.texts} texts, the best {self.top_k} of each re-ranked",
-            f"{self.device}, {self.threads} thread{'s' * (self.threads > 1)}, {self.clock} time; "
-            f"medians of {self.repeats}",
+            f"{self.size}; {gallery}, the best {self.top_k} of each re-ranked",
+            f"{self.device}, {counted(self.threads, 'thread')}, {self.clock} time; medians of {self.repeats}",
             "",
             "| | naive | ours | ratio |",
             "| --- | --- | --- | --- |",

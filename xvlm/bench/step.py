@@ -23,6 +23,7 @@ from xvlm.models.text import TextConfig
 from xvlm.models.vision import VisionConfig
 from xvlm.models.xvlm import XVLM, XVLMConfig
 from xvlm.optim import OptimConfig, make_optimizer
+from xvlm.prose import counted
 from xvlm.types import Batch, Masked, Regions, Texts
 
 Losses = Callable[[Batch], dict[str, Tensor]]
@@ -116,9 +117,10 @@ class Result:
             ("GFLOP, forward without the image encoder", texts[0] / 1e9, texts[1] / 1e9),
             ("GFLOP, forward and backward", naive.flops / 1e9, packed.flops / 1e9),
         ]
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.clock} time"
+        threads = f"{counted(self.threads, 'thread')}, {self.clock} time"
+        batch = f"{counted(self.images, 'image')}, {counted(self.texts, 'text')}"
         heading = [
-            f"{self.size}, {self.parameters:,} parameters; {self.images} images, {self.texts} texts",
+            f"{self.size}, {self.parameters:,} parameters; {batch}",
             f"{self.device}, {threads}, {self.precision}; medians of {self.repeats}",
             "",
             "| | naive | packed | ratio |",

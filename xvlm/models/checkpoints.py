@@ -23,6 +23,7 @@ from xvlm.models.card import Card
 from xvlm.models.decoder import Answerer, AnswererConfig, Captioner, CaptionerConfig
 from xvlm.models.kinds import Config, Kind
 from xvlm.models.xvlm import XVLM, Pretrained, load_strictly, misfits
+from xvlm.prose import counted
 
 State = dict[str, Tensor]
 Rename = Callable[[State], State]
@@ -231,9 +232,9 @@ def card(source: Path, converted: Converted) -> Card:
     """What a converted file says of itself."""
     about = ""
     if converted.resized:
-        about += f"{len(converted.resized)} position tables were resized: fine-tune before comparing numbers. "
+        about += f"{counted(len(converted.resized), 'position table')} resized: fine-tune before comparing numbers. "
     if converted.fresh:
-        about += f"{len(converted.fresh)} tensors started fresh: to be trained before use."
+        about += f"{counted(len(converted.fresh), 'tensor')} started fresh: to be trained before use."
     data = "The file does not say what it was trained on."
     if converted.trained_with:
         plain = json.loads(json.dumps(converted.trained_with, default=str))  # only what YAML can say safely

@@ -1,0 +1,179 @@
+"""Sources of data and shards: data pack, check, stats, schema, index, show."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xvlm.config import validate
+from xvlm.prose import counted
+
+app = typer.Typer(no_args_is_help=True, help="Sources of data and shards.")
+
+
+@app.command()
+def pack(
+    reader: Annotated[str, typer.Argument(help="scenes, coco, csv_table, ...: docs/data.md has all.")],
+    out: Annotated[Path, typer.Argument(help="Shards go to OUT/SPLIT.")],
+    folder: Annotated[Path | None, typer.Option(help="Folder of the public data.")] = None,
+    split: Annotated[str, typer.Option(help="Which part.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Records at most (scenes need a number).")] = None,
+    allow_missing: Annotated[bool, typer.Option(help="Leave absent photographs out, and say which.")] = False,
+    masks: Annotated[bool, typer.Option(help="Of the reader coco: keep the outlines of objects too.")] = False,
+    allow_broken: Annotated[bool, typer.Option(help="Leave images out that cannot be decoded, and say which.")] = False,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Make larger images smaller: pixels.")] = None,
+    avoid: Annotated[list[Path] | None, typer.Option(help="Packed evaluation set, none of whose images go in.")] = None,
+    leaks: Annotated[str, typer.Option(help="drop, or report: pack them all the same.")] = "drop",
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode. Default: one a core.")] = None,
+) -> None:
+    """Pack a source into tar shards. Packing that was interrupted goes on where it was."""
+    from xvlm.data import pack as packing
+    from xvlm.data.shards import REMARKS, read_remarks
+
+    asked = {"reader": reader, "out": out, "folder": folder, "splits": {split: limit}, "allow_missing": allow_missing}
+    asked |= {"masks": masks, "allow_broken": allow_broken, "max_side": max_side, "avoid": avoid or [], "leaks": leaks}
+    asked["workers"] = _cores() if workers is None else workers
+    config = validate(packing.CorpusConfig, asked, "xvlm data pack")
+    packed = packing.pack(config)[split]
+    said = Counter((remark.why, remark.packed) for remark in read_remarks(out / split))
+    for (why, kept), count in said.items():
+        outcome = "packed all the same" if kept else "left out"
+        typer.echo(f"{why}: {count} {outcome}, listed in {out / split / REMARKS}")
+    if config.avoid and not any(why == "leak" for why, _ in said):
+        typer.echo("leak: 0")
+    typer.echo(f"{out / split}: {counted(len(packed), 'record')}")
+
+
+@app.command()
+def check(
+    folder: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:); with --reader, a source.")],
+    reader: Annotated[str | None, typer.Option(help="What reads the source.")] = None,
+    split: Annotated[str, typer.Option(help="Which part of the source.")] = "train",
+    allow_missing: Annotated[bool, typer.Option(help="Absent photographs are no problem.")] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="A kind of problem that is none here.")] = None,
+    max_words: Annotated[int, typer.Option(min=1, help="Of a text.")] = 40,
+    near_duplicates: Annotated[bool, typer.Option(help="List images that look like an earlier one, too.")] = False,
+    fix: Annotated[Path | None, typer.Option(help="Pack to this folder, with what is safe to put right.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode. Default: one a core.")] = None,
+) -> None:
+    """List every problem of shards or of a source. Ends with status 1 where there are any (left, once fixed)."""
+    from xvlm.data import check as checking
+    from xvlm.data.pack import CorpusConfig, read
+    from xvlm.data.problems import KINDS
+
+    if unknown := set(ignore or []) - set(KINDS):
+        raise ValueError(
+            f"--ignore {', '.join(sorted(unknown))}: no such kind of problem; there are {', '.join(KINDS)}"
+        )
+    if reader is None:
+        items = checking.packed(_packed(folder))
+    else:
+        asked = {"reader": reader, "out": folder, "folder": folder, "splits": {split: None}}
+        config = validate(CorpusConfig, asked | {"allow_missing": allow_missing}, "xvlm data check")
+        items = checking.read(read(config, split, None), folder)
+    report = checking.check(
+        items,
+        max_words=max_words,
+        near_duplicates=near_duplicates,
+        ignore=set(ignore or []),
+        workers=_cores() if workers is None else workers,
+        fix=fix,
+        progress=True,
+    )
+    for line in [*map(str, report.problems), *report.summary()]:
+        typer.echo(line)
+    if fix is not None:
+        typer.echo(f"{fix}: {counted(len(report.changes), 'change')}, listed in {fix / checking.CHANGES}")
+    records, problems = counted(report.records, "record"), counted(len(report.problems), "problem")
+    typer.echo(f"{folder}: {records}, {problems}{' left' if fix else ''}")
+    raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command()
+def stats(
+    shards: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:).")],
+    plots: Annotated[Path | None, typer.Option(help="Where a picture of the distributions goes.")] = None,
+) -> None:
+    """Count records, texts, boxes and words, per source and kind."""
+    from xvlm.data.stats import count
+
+    found = count(_packed(shards))
+    for line in found.lines():
+        typer.echo(line)
+    if plots is not None:
+        from xvlm import viz
+
+        plots.write_bytes(viz.histograms(found.distributions()))
+        typer.echo(str(plots))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a record: the fields of json_lines and of the shards."""
+    from xvlm.data.records import Record
+
+    typer.echo(json.dumps(Record.model_json_schema(), indent=2))
+
+
+@app.command()
+def index(
+    tars: Annotated[list[str], typer.Argument(help="Paths, URLs or pipe: commands; {000..099} and * for many.")],
+    out: Annotated[Path, typer.Option(help="The index goes to this folder, which then counts as packed.")],
+    cache: Annotated[Path, typer.Option(help="What is fetched is kept here.")] = Path("~/.cache/xvlm"),
+    gigabytes: Annotated[float, typer.Option(help="How much is kept; what was not read for longest goes.")] = 50.0,
+) -> None:
+    """Make tars of others (webdataset's layout) readable like packed ones."""
+    from xvlm.data.cache import Cache
+    from xvlm.data.tars import expand, write_index
+
+    index = write_index(expand(tars), out, Cache(folder=cache, gigabytes=gigabytes))
+    typer.echo(f"{out}: {counted(index.counts['records'], 'record')} in {counted(len(index.shards), 'tar')}")
+
+
+@app.command()
+def show(
+    shards: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:).")],
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("records.png"),
+    count: Annotated[int, typer.Option(help="How many records.")] = 12,
+    kind: Annotated[list[str] | None, typer.Option(help="regions, objects, ... Default: all with boxes.")] = None,
+) -> None:
+    """A contact sheet of records: for each kind of text, its boxes drawn and what is said of them."""
+    from xvlm import viz
+    from xvlm.data.images import decode_image
+    from xvlm.data.shards import Shards
+    from xvlm.data.stats import said_in
+
+    packed = Shards(_packed(shards))
+    pictures, captions = [], []
+    for i in range(min(count, len(packed))):
+        record, image = packed.read(i)
+        try:
+            picture = decode_image(image)
+        except ValueError as error:
+            raise ValueError(f"{shards}: record {record.id}: {error}") from None
+        first = record.captions[0] if record.captions else record.id
+        said = said_in(record)
+        chosen = kind or [name for name, each in said.items() if any(one.boxes_xyxy for one in each)]
+        for name in chosen or ["captions"]:
+            things = [("; ".join(one.texts), one.boxes_xyxy) for one in said.get(name, [])]
+            drawn, legend = viz.numbered(picture, things)
+            pictures.append(drawn)
+            captions.append(f"{first}\n{name}:\n{legend}")
+    viz.contact_sheet(pictures, captions).save(out)
+    typer.echo(str(out))
+
+
+def _packed(entry: str) -> Path:
+    """The folder with the index of shards, which tars get in the cache."""
+    from xvlm.data import tars
+    from xvlm.data.cache import Cache
+
+    return tars.locate(entry, Cache())
+
+
+def _cores() -> int:
+    """Processes that may run at once, as far as this one may know."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
