@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from photographs import jpeg, place, real
 
 from xvlm.data.readers import coco_json, csv_table, json_lines
-from xvlm.data.readers.photographs import listing
+from xvlm.data.readers.entries import listing
 from xvlm.data.records import Object, Record, Region
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,19 +22,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from xvlm.data.readers.entries import entry, load, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     corners,
-    entry,
     identifier,
     known_as,
-    load,
     nearly_inside,
-    only,
-    part_of,
     record,
 )
 from xvlm.data.readers.vqa import shares

@@ -18,17 +18,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.dataclasses import dataclass
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Photographs,
-    Sample,
-    corners,
-    entry,
-    inside,
-    known_as,
-    load,
-    record,
-)
+from xvlm.data.readers.entries import entry, load
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
 from xvlm.data.records import RLE, Object
 
 SOURCE = "coco"

@@ -22,18 +22,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from xvlm.data.readers.entries import entry, load, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Photographs,
     Sample,
     corners,
-    entry,
     identifier,
     known_as,
-    load,
     nearly_inside,
-    only,
-    part_of,
     record,
 )
 from xvlm.data.records import Box, Object, Region

@@ -25,18 +25,16 @@ Boxes are in pixels of the stored image. The folder's name becomes the records' 
 from collections.abc import Iterator
 from pathlib import Path
 
+from xvlm.data.readers.entries import entry, load_table, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     corners,
-    entry,
     identifier,
     known_as,
-    load_table,
     nearly_inside,
-    part_of,
     record,
 )
 from xvlm.data.records import Box, Object, Record, Region

@@ -18,17 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from xvlm.data.readers.photographs import (
-    LARGEST,
-    AllowMissing,
-    Found,
-    Photographs,
-    Sample,
-    around,
-    entry,
-    inside,
-    record,
-)
+from xvlm.data.readers.entries import entry
+from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, inside, record
 from xvlm.data.records import Box, Phrase, Record, Region
 
 SOURCE = "flickr30k_entities"

@@ -16,18 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from xvlm.data.readers.photographs import (
-    LARGEST,
-    AllowMissing,
-    Found,
-    Photographs,
-    Sample,
-    around,
-    entry,
-    explained,
-    inside,
-    record,
-)
+from xvlm.data.readers.entries import entry, explained
+from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, inside, record
 from xvlm.data.records import Box, Expression, Phrase, Record
 
 SOURCE = "grit"

@@ -21,18 +21,8 @@ from typing import Any
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Photographs,
-    Sample,
-    corners,
-    entry,
-    identifier,
-    known_as,
-    load_lines,
-    part_of,
-    record,
-)
+from xvlm.data.readers.entries import entry, load_lines, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, identifier, known_as, record
 from xvlm.data.records import Box
 
 

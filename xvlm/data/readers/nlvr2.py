@@ -15,7 +15,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, entry, load_lines, only, part_of, record
+from xvlm.data.readers.entries import entry, load_lines, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, record
 from xvlm.data.records import Statement
 
 SOURCE = "nlvr2"

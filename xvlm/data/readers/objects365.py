@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xvlm.data.readers.coco import InstanceFile, instances_of, objects_of
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, entry, load, only, part_of, record
+from xvlm.data.readers.entries import entry, load, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, record
 
 SOURCE = "objects365"
 

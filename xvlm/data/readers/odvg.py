@@ -15,20 +15,16 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from xvlm.data.readers.entries import entry, load, load_lines, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     around,
-    entry,
     identifier,
     inside,
     known_as,
-    load,
-    load_lines,
-    only,
-    part_of,
     record,
 )
 from xvlm.data.records import Box, Object, Phrase, Region

@@ -22,22 +22,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Found,
-    Kind,
-    Photographs,
-    Sample,
-    entry,
-    explained,
-    inside,
-    known_as,
-    load_cells,
-    load_table,
-    only,
-    part_of,
-    record,
-)
+from xvlm.data.readers.entries import Kind, entry, explained, load_cells, load_table, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, inside, known_as, record
 from xvlm.data.records import Object
 
 SOURCE = "openimages"

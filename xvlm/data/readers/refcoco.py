@@ -22,18 +22,15 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from xvlm.data.readers.coco import Instance, InstanceFile, Photograph, mask_of, united
+from xvlm.data.readers.entries import entry, explained, load, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Photographs,
     Sample,
     around,
     corners,
-    entry,
-    explained,
     known_as,
-    load,
     nearly_inside,
-    part_of,
     record,
 )
 from xvlm.data.records import Expression

@@ -15,19 +15,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Photographs,
-    Sample,
-    corners,
-    entry,
-    known_as,
-    load,
-    nearly_inside,
-    only,
-    part_of,
-    record,
-)
+from xvlm.data.readers.entries import entry, load, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, known_as, nearly_inside, record
 from xvlm.data.readers.refcoco import PLACES
 from xvlm.data.records import Box, Expression
 

@@ -22,19 +22,8 @@ from typing import Annotated
 from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Kind,
-    Photographs,
-    Sample,
-    corners,
-    entry,
-    inside,
-    known_as,
-    load,
-    only,
-    record,
-)
+from xvlm.data.readers.entries import Kind, entry, load, only
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
 from xvlm.data.records import Box, Object, Question, Region
 
 SOURCE = "visual_genome"

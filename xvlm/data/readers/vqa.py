@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, entry, load, only, part_of, record
+from xvlm.data.readers.entries import entry, load, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, record
 from xvlm.data.records import Question
 
 SOURCE = "vqa"

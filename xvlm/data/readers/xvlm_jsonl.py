@@ -17,18 +17,15 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from xvlm.data.readers.entries import entry, load_lines, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Photographs,
     Sample,
     corners,
-    entry,
     identifier,
     inside,
     known_as,
-    load_lines,
-    only,
-    part_of,
     record,
 )
 from xvlm.data.records import Box, Object, Region
