@@ -75,7 +75,7 @@ def test_a_wrong_entry_is_named_and_for_a_check_the_others_are_read(tmp_path, wr
         f"{path}: things.{i}{separator}{message[: message.index(' (found')]}" for i in (1, 3)
     ]
     assert [thing.name for thing in file.things] == ["a", "c"]
-    assert [where for where, _ in numbered("things", file.things)] == ["things.0", "things.2"]
+    assert [where for where, _ in numbered("things.", file.things)] == ["things.0", "things.2"]
 
 
 def test_an_element_inside_an_entry_is_an_entry(tmp_path):
@@ -88,7 +88,7 @@ def test_an_element_inside_an_entry_is_an_entry(tmp_path):
         "0.parts.2.box: expected 4 values (found [0, 0, 5])",
         "1.name: Field required (found ['parts'])",
     ]
-    assert [(where, thing.name, len(thing.parts)) for where, thing in numbered("x", rest)] == [
+    assert [(where, thing.name, len(thing.parts)) for where, thing in numbered("x.", rest)] == [
         ("x.0", "a", 1),
         ("x.2", "c", 0),
     ]
@@ -109,17 +109,18 @@ def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
 
 def test_an_id_that_an_earlier_entry_has_is_an_error():
     things, errors = [Thing(name="a", id=1), Thing(name="b", id=1), Thing(name="c", id="1")], []
-    with pytest.raises(ValueError, match=r"^f: things\.1: id 1 is that of an earlier entry$"):
-        by_id("f: things", things)
+    with pytest.raises(ValueError, match=r"^f: things\.1: id 1 is that of another entry before it$"):
+        by_id("f: things.", things)
     with listing(errors):
-        assert {key: thing.name for key, thing in by_id("f: things", things).items()} == {1: "a", "1": "c"}
+        assert {key: thing.name for key, thing in by_id("f: things.", things).items()} == {1: "a", "1": "c"}
+        assert list(by_id("f: things.", things[:1] * 2)) == [1]
     assert len(errors) == 1
 
 
 def test_a_part_of_a_record_that_is_wrong_is_named_by_its_entry():
-    with pytest.raises(ValueError, match=r"^here: label: String should have at least 1 character \(found ''\)$"):
-        with entry("here"):
-            Object(box_xyxy=BOX, label="")
+    expected = r"^here: label: String should have at least 1 character \(found ''\)$"
+    with pytest.raises(ValueError, match=expected), entry("here"):
+        Object(box_xyxy=BOX, label="")
 
 
 def test_several_files_to_choose_from_are_named(tmp_path):

@@ -198,24 +198,37 @@ def _without(entries: Collection[Place], document: Any, kind: TypeOf[Kind]) -> K
     for array_at, left in numbers.items():
         if not array_at:
             return _Rest(value, left)
-        if len(array_at) == 1 and hasattr(value, array_at[0]):
-            setattr(value, array_at[0], _Rest(getattr(value, array_at[0]), left))
+        holder = reduce(lambda part, name: getattr(part, str(name), None), array_at[:-1], value)
+        if hasattr(holder, str(array_at[-1])):  # fields of models; nobody asks for the numbers of others
+            setattr(holder, array_at[-1], _Rest(getattr(holder, array_at[-1]), left))
     return value
 
 
 def numbered(where: str, entries: list[Kind]) -> Iterator[tuple[str, Kind]]:
-    """Entries of an array that :func:`load` read, each with the name it has in messages: its number in the file."""
+    """Entries of an array that :func:`load` read, each with the name it has in messages.
+
+    Args:
+        where: what comes before its number in the file ("train.json: images.").
+    """
     for i, each in zip(entries.numbers if isinstance(entries, _Rest) else count(), entries, strict=False):
-        yield f"{where}.{i}", each
+        yield f"{where}{i}", each
 
 
 def by_id(where: str, entries: list[Kind], name: str = "id") -> dict[Any, Kind]:
-    """Entries by their id. Raises ValueError about one whose id an earlier one has."""
+    """Entries by their id; one that is there twice, the same in all, counts once.
+
+    Args:
+        where: as of :func:`numbered`.
+        name: of the id.
+
+    Raises:
+        ValueError: a different entry has the same id; names the later one.
+    """
     known: dict[Any, Kind] = {}
     for place, each in numbered(where, entries):
         with entry():
-            if known.setdefault(getattr(each, name), each) is not each:
-                raise ValueError(f"{place}: {name} {getattr(each, name)!r} is that of an earlier entry")
+            if known.setdefault(getattr(each, name), each) != each:
+                raise ValueError(f"{place}: {name} {getattr(each, name)!r} is that of another entry before it")
     return known
 
 
