@@ -28,6 +28,7 @@ Four = tuple[Number, Number, Number, Number]  # a box as a file has it, in the f
 
 NAMED = 10  # files or fields that a message names
 
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as Python keeps them in texts
 _PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "val", "dev": "val", "test": "test"}
 
 
@@ -227,7 +228,7 @@ def by_id(where: str, entries: list[Kind], name: str = "id") -> dict[Any, Kind]:
     known: dict[Any, Kind] = {}
     for place, each in numbered(where, entries):
         with entry():
-            if known.setdefault(getattr(each, name), each) != each:
+            if (before := known.setdefault(getattr(each, name), each)) is not each and before != each:
                 raise ValueError(f"{place}: {name} {getattr(each, name)!r} is that of another entry before it")
     return known
 
@@ -236,20 +237,36 @@ def by_id(where: str, entries: list[Kind], name: str = "id") -> dict[Any, Kind]:
 # Tables and folders
 
 
+def decoded(where: str, content: bytes) -> str:
+    """A text of a file in UTF-8, without its byte order mark. Raises ValueError that says in which line it is none."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{where} line {line}: expected UTF-8, found the byte 0x{content[error.start]:02x}") from None
+
+
 def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Cells of each row of a CSV file in UTF-8, the heading's too, with the name it has in messages.
 
     Raises:
-        ValueError: not CSV in UTF-8; names the file.
+        ValueError: not CSV, or not in UTF-8; names the file and the line.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.reader(file, strict=True)
-            for row in table:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        table = csv.reader(file, strict=True)
+        while True:
+            with entry():
+                try:
+                    row = next(table, None)
+                except csv.Error as error:
+                    raise ValueError(f"{path} line {table.line_num}: not readable as CSV: {error}") from None
+                if row is None:
+                    return
+                where = f"{path} line {table.line_num}"
+                if escaped := _ESCAPED.search("".join(row)):
+                    raise ValueError(f"{where}: expected UTF-8, found the byte 0x{ord(escaped[0]) - 0xDC00:02x}")
                 if row:
-                    yield f"{path} line {table.line_num}", [cell.strip() for cell in row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not readable as CSV in UTF-8: {error}") from None
+                    yield where, [cell.strip() for cell in row]
 
 
 def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
