@@ -140,7 +140,7 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
 def _difference(before: dict[str, Any], now: dict[str, Any], inside: str = "") -> str:
     """What two descriptions do not have in common: the name of each, and both values."""
     told = []
-    for name in (before | now).keys():
+    for name in before | now:
         was, becomes = before.get(name), now.get(name)
         if isinstance(was, dict) and isinstance(becomes, dict):
             told.append(_difference(was, becomes, f"{inside}{name}."))

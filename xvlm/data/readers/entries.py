@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 
 Kind = TypeVar("Kind")
 TypeOf = Callable[..., Kind]  # type[Kind] leaves out list[int] and the like
@@ -85,7 +85,7 @@ def _messages(document: Any, wrong: ValidationError) -> dict[Place, str]:
         kind, way, value = error["type"], error["loc"], error["input"]
         entry_at, place = (), way[:-1] if kind == "missing" else way
         if document is not None and kind != "json_invalid":
-            entry_at, place, value = _located(document, way)
+            entry_at, place, value = _located(document, error)
         message = error["msg"].removeprefix("Value error, ")
         if kind == "missing" and isinstance(way[-1], int):  # one for each number that a box lacks
             message = f"expected {way[-1] + 1} values"
@@ -107,22 +107,22 @@ def _messages(document: Any, wrong: ValidationError) -> dict[Place, str]:
     }
 
 
-def _located(document: Any, way: Place) -> tuple[Place, Place, Any]:
-    """The entry that a value is in, the way to it as far as the document has it, and what is there.
+def _located(document: Any, error: ErrorDetails) -> tuple[Place, Place, Any]:
+    """The entry that a wrong value is in, the way to it as far as the document has it, and what is there.
 
-    An entry is the innermost element of an array that is an object, else the outermost element. A way may go on with
-    the name of a type that the value might have had.
+    An entry is the innermost element of an array that is an object, or should be.
     """
     entry_at, place, value = (), (), document
-    for part in way:
-        is_element = isinstance(value, list) and isinstance(part, int)
+    for part in error["loc"]:
+        if isinstance(value, dict) and place and isinstance(place[-1], int):
+            entry_at = place
         try:
             value = value[part]
-        except (LookupError, TypeError):
+        except (LookupError, TypeError):  # missing, or the name of a type that the value might have had
             break
         place = (*place, part)
-        if is_element and (isinstance(value, dict) or not entry_at):
-            entry_at = place
+    if error["type"] in ("model_type", "dataclass_type") and isinstance((place or ("",))[-1], int):
+        entry_at = place
     return entry_at, place, value
 
 

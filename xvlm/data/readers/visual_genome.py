@@ -104,8 +104,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
 
     Boxes are cut off at the border of the image; boxes without area and empty texts are left out. An object has the
     first of its names and the attributes that ``attributes.json`` gives it. An answer is as written ("Green.") and has
-    the weight 0.5, as in the reference. Annotations of an image that ``image_data.json`` does not list are left out, which
-    the log says. ``same_as`` has COCO's id for the half of the photographs that COCO has too.
+    the weight 0.5, as in the reference. Annotations of images that ``image_data.json`` does not list are left out, and
+    logged. ``same_as`` has COCO's id for the half of the photographs that COCO has too.
 
     Args:
         folder: see the module's docstring for the files in it.
@@ -129,10 +129,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
             f"{folder}: no annotations; expected objects.json, attributes.json, region_descriptions.json or "
             "question_answers.json"
         )
-    if (
-        unlisted := {number for said in (objects, attributes, regions, questions) for number in said}
-        - photographs.keys()
-    ):
+    annotated = objects.keys() | attributes.keys() | regions.keys() | questions.keys()
+    if unlisted := annotated - photographs.keys():
         few = ", ".join(map(str, sorted(unlisted)[:NAMED]))
         logger.warning("%s does not list %d images that have annotations: %s", listed_at, len(unlisted), few)
     places = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images", "images2")
