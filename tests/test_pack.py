@@ -372,3 +372,22 @@ def test_packed_without_a_guard_is_not_packed_with_one(source, held_out, tmp_pat
         pack(config(tmp_path / "out", avoid=[held_out]))
     described = json.loads((tmp_path / "out/train/index.json").read_text())["description"]
     assert described == {"reader": "coco", "split": "train", "limit": None, "folder": None}
+
+
+def test_a_folder_packed_from_something_else_says_what_differs_and_no_more(tmp_path):
+    asked = {"reader": "scenes", "out": tmp_path, "splits": {"train": 2}}
+    pack(CorpusConfig(**asked, scenes={"size": 64}))
+    with pytest.raises(ValueError) as raised:
+        pack(CorpusConfig(**asked | {"splits": {"train": 3}}, scenes={"size": 96}, max_side=50))
+    assert str(raised.value) == (
+        f"{tmp_path / 'train'} was packed from something else (limit was 2, is 3, scenes.size was 64, is 96, max_side "
+        "was None, is 50); choose another folder (corpus.out), or remove this one to pack it anew"
+    )
+
+
+def test_files_are_of_readers_of_own_files_and_train_has_one(tmp_path):
+    asked = {"out": tmp_path, "splits": {"train": None}}
+    with pytest.raises(ValueError, match="files: coco reads a folder; csv_table, coco_json, json_lines read files"):
+        CorpusConfig(reader="coco", files={"train": tmp_path / "a.json"}, **asked)
+    with pytest.raises(ValueError, match="files: none for train"):
+        CorpusConfig(reader="csv_table", files={"val": tmp_path / "a.csv"}, **asked)

@@ -1,7 +1,6 @@
 """What readers have in common: their call, their errors, and what they share to find photographs and cut boxes."""
 
 import inspect
-import json
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from photographs import jpeg, place
-from pydantic import BaseModel
 
 from xvlm.data import readers
 from xvlm.data.pack import CorpusConfig, Reader, read
@@ -26,7 +24,11 @@ each_reader = pytest.mark.parametrize("reader", [import_module(f"xvlm.data.reade
 
 
 def test_every_reader_is_named_once_and_every_name_is_a_reader():
-    files = {path.stem for path in Path(next(iter(readers.__path__))).glob("*.py")} - {"__init__", "photographs"}
+    files = {path.stem for path in Path(next(iter(readers.__path__))).glob("*.py")} - {
+        "__init__",
+        "entries",
+        "photographs",
+    }
     assert files == set(NAMES)
     assert len(NAMES) == len(set(NAMES))
 
@@ -190,28 +192,3 @@ def test_a_box_may_leave_the_image_by_a_little():
     for box in [(5.0, 5.0, 5.0, 9.0), (9.0, 5.0, 5.0, 9.0), (float("nan"), 0.0, 5.0, 9.0)]:
         with pytest.raises(ValueError, match="expected one with an area"):
             photographs.nearly_inside("line 3", box, 100, 80)
-
-
-class Thing(BaseModel):
-    name: str
-
-
-def test_errors_name_file_entry_field_and_what_was_found(tmp_path):
-    path = tmp_path / "things.json"
-    path.write_text(json.dumps([{"name": "a"}, {"name": 5}]))
-    with pytest.raises(ValueError, match=r"things\.json: 1\.name: .* valid string \(found 5\)"):
-        photographs.load(list[Thing], path)
-    path.write_text('{"name": "a"}\n\n{"nam": "a"}\n')
-    lines = photographs.load_lines(Thing, path)
-    assert next(lines) == (f"{path} line 1", Thing(name="a"))
-    with pytest.raises(ValueError, match=r"things\.json line 3: name: Field required$"):
-        next(lines)
-
-
-def test_several_files_to_choose_from_are_named(tmp_path):
-    for name in ("a_train.json", "b_train.json", "b_val.json"):
-        (tmp_path / name).touch()
-    assert photographs.only(tmp_path, "train.json", "*_val.json") == tmp_path / "b_val.json"
-    assert photographs.only(tmp_path, "test.json") is None
-    with pytest.raises(ValueError, match=r"expected one file \*_train\.json, found a_train\.json, b_train\.json"):
-        photographs.only(tmp_path, "*_train.json")

@@ -18,7 +18,7 @@ from xvlm.data.cache import Cache, is_remote
 from xvlm.data.leaks import Hashes, perceptual_hash
 from xvlm.data.parallel import ordered_map
 from xvlm.data.problems import KINDS, Item, Problem, boxes_of, problems_of, put_right
-from xvlm.data.readers.photographs import listing
+from xvlm.data.readers.entries import listing
 from xvlm.data.records import Record, unchecked
 from xvlm.data.shards import INDEX, Shard, captioned, read_index, sha256, write_shards
 

@@ -68,6 +68,7 @@ class CorpusConfig(Configured):
             raise ValueError(f"masks: a choice of the reader coco, not of {self.reader}")
         return self
 
+    @model_validator(mode="after")
     def every_split_has_a_file(self) -> "CorpusConfig":
         if not self.files:
             return self
@@ -96,7 +97,8 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
             before = Shards(folder).description
             if before != description:
                 raise ValueError(
-                    f"{folder} was packed from {before}, not from {description}; choose another folder (corpus.out)"
+                    f"{folder} was packed from something else ({_difference(before, description)}); choose another "
+                    "folder (corpus.out), or remove this one to pack it anew"
                 )
         else:
             if config.avoid and guard is None:
@@ -133,6 +135,18 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
     if config.files:
         description |= {"file": sha256(_file(config, split)), "holds_out": config.holds_out}
     return description
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any], inside: str = "") -> str:
+    """What two descriptions do not have in common: the name of each, and both values."""
+    told = []
+    for name in before | now:
+        was, becomes = before.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(becomes, dict):
+            told.append(_difference(was, becomes, f"{inside}{name}."))
+        elif was != becomes:
+            told.append(f"{inside}{name} was {was!r:.80}, is {becomes!r:.80}")
+    return ", ".join(filter(None, told))
 
 
 def read(

@@ -22,23 +22,20 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from xvlm.data.readers.entries import Four, entry, load, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     corners,
-    entry,
     identifier,
     known_as,
-    load,
     nearly_inside,
-    only,
-    part_of,
     record,
 )
 from xvlm.data.readers.vqa import shares
-from xvlm.data.records import Box, Expression, Question, Record, Statement
+from xvlm.data.records import Expression, Question, Record, Statement
 
 ONE_ANSWER = 0.5  # weight of an answer that is no list (the reference: dataset/vqa_dataset.py)
 
@@ -54,7 +51,7 @@ class Row(BaseModel):
     sentence: str = ""
     label: Literal["True", "False"] | None = None
     text: str = ""
-    bbox: Box | None = None
+    bbox: Four | None = None
     ref_id: int | str = ""
     width: int | None = None
     height: int | None = None
@@ -80,49 +77,57 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     if path is None:
         raise FileNotFoundError(f"{folder}: neither {split}.json nor *_{split}.json")
     rows_of: dict[str, list[tuple[str, Row]]] = {}
-    for i, row in enumerate(load(list[Row], path)):
+    listed_by: dict[str, str] = {}
+    for where, row in numbered(f"{path}: row ", load(list[Row], path)):
         with entry():
-            where = f"{path}: row {i}"
             if bool(row.image) == (len(row.images) == 2):
                 raise ValueError(f"{where}: expected the path of one image, or of two in images")
-            if row.images:
-                rows_of.setdefault(row.images[1], [])
-            rows_of.setdefault(row.image or row.images[0], []).append((where, row))
+            for name in (row.image,) if row.image else reversed(row.images):
+                rows = rows_of.setdefault(name, [])
+                listed_by.setdefault(name, where)
+            rows.append((where, row))
     source = folder.resolve().name
     with Photographs(folder, ".", "images", allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():
             with entry():
-                found = images.find(f"{path.name} lists it", name)
+                found = images.find(f"{listed_by[name]} lists it", name)
                 if found is not None:
                     complete = [(where, row) for where, row in rows if all(images.locate(one) for one in row.images)]
-                    yield _record(name, complete, found, {"source": source, "split": part}), found.image
+                    of = {"source": source, "split": part}
+                    yield _record(listed_by[name], name, complete, found, of), found.image
 
 
-def _record(name: str, rows: list[tuple[str, Row]], found: Found, of: dict[str, str]) -> Record:
+def _record(where: str, name: str, rows: list[tuple[str, Row]], found: Found, of: dict[str, str]) -> Record:
     captions: list[str] = []
     questions: list[Question] = []
     statements: list[Statement] = []
     expressions: list[Expression] = []
-    for where, row in rows:
-        captions += [row.caption] if isinstance(row.caption, str) else row.caption
-        if row.question:
-            weights = {row.answer: ONE_ANSWER} if isinstance(row.answer, str) else shares(row.answer)
-            asked = Question(text=row.question, answers=weights, kind=row.dataset, id=str(row.question_id))
-            questions.append(asked)
-        elif row.images:
-            if not row.sentence or row.label is None:
-                raise ValueError(f"{where}: two images, but no sentence or no label")
-            other = identifier(row.images[1])
-            statements.append(Statement(text=row.sentence, other=other, label=row.label == "True"))
-        elif row.text and row.bbox is None:
-            captions.append(row.text)
-        elif row.text:
-            if row.width is not None and row.height is not None:
-                found.check_size(row.width, row.height)
-            box = nearly_inside(where, corners(row.bbox), found.width, found.height)
-            expressions.append(Expression(text=row.text, box_xyxy=box, id=str(row.ref_id)))
+    for where_said, row in rows:
+        with entry(where_said):
+            said = [row.caption] if isinstance(row.caption, str) else row.caption
+            if not all(text.strip() for text in said):
+                raise ValueError(f"{where_said}: caption is empty")
+            if not (said or row.question or row.images or row.text):
+                raise ValueError(f"{where_said}: no words; expected a caption, question or text")
+            captions += said
+            if row.question:
+                weights = {row.answer: ONE_ANSWER} if isinstance(row.answer, str) else shares(row.answer)
+                asked = Question(text=row.question, answers=weights, kind=row.dataset, id=str(row.question_id))
+                questions.append(asked)
+            elif row.images:
+                if not row.sentence or row.label is None:
+                    raise ValueError(f"{where_said}: two images, but no sentence or no label")
+                other = identifier(row.images[1])
+                statements.append(Statement(text=row.sentence, other=other, label=row.label == "True"))
+            elif row.text and row.bbox is None:
+                captions.append(row.text)
+            elif row.text:
+                if row.width is not None and row.height is not None:
+                    found.check_size(row.width, row.height)
+                box = nearly_inside(where_said, corners(row.bbox), found.width, found.height)
+                expressions.append(Expression(text=row.text, box_xyxy=box, id=str(row.ref_id)))
     return record(
-        rows[0][0] if rows else name,
+        where,
         found,
         id=identifier(name),
         captions=captions,

@@ -18,17 +18,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.dataclasses import dataclass
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Photographs,
-    Sample,
-    corners,
-    entry,
-    inside,
-    known_as,
-    load,
-    record,
-)
+from xvlm.data.readers.entries import Four, Number, by_id, entry, load
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
 from xvlm.data.records import RLE, Object
 
 SOURCE = "coco"
@@ -65,9 +56,9 @@ class Instance:
     id: int
     image_id: int
     category_id: int
-    bbox: tuple[float, float, float, float]
+    bbox: Four
     iscrowd: bool = False
-    segmentation: list[list[float]] | RunLengths | list[RunLengths] = field(default_factory=list)
+    segmentation: list[list[Number]] | RunLengths | list[RunLengths] = field(default_factory=list)
 
 
 class Category(BaseModel):
@@ -129,19 +120,19 @@ def read(
         raise FileNotFoundError(f"{instances_at}: no such file; without it {split} has captions but no boxes")
     captioned = load(CaptionFile, captions_at) if captions_at.exists() else NO_CAPTIONS
     boxed = load(InstanceFile, instances_at) if instances_at.exists() else NO_INSTANCES
-    photographs = {photograph.id: photograph for photograph in captioned.images + boxed.images}
+    photographs = by_id(f"{captions_at}: images.", captioned.images) | by_id(f"{instances_at}: images.", boxed.images)
+    labels = labels_of(instances_at, boxed)
     captions = _captions(captions_at, captioned, photographs)
-    instances = instances_of(instances_at, boxed, photographs)
-    labels = {category.id: category.name for category in boxed.categories}
+    instances = instances_of(instances_at, boxed, photographs, labels)
     licences = {one.id: f"{one.name} {one.url}".strip() for one in captioned.licenses + boxed.licenses}
     with Photographs(folder, f"images/{split}", split, "images", allow_missing=allow_missing) as images:
         for photograph in photographs.values():
             with entry():
-                found = images.find(f"the annotations of {split} list it", photograph.file_name)
+                found = images.find(f"the annotations of {split} list image {photograph.id}", photograph.file_name)
                 if found is None:
                     continue
-                objects = objects_of(instances_at, instances.get(photograph.id, []), labels, photograph, masks)
-                if objects:
+                boxes = instances.get(photograph.id, [])
+                if boxes:
                     found.check_size(photograph.width, photograph.height)
                 made = record(
                     f"{folder}: image {photograph.id}",
@@ -150,7 +141,7 @@ def read(
                     source=SOURCE,
                     split=part,
                     captions=captions.get(photograph.id, []),
-                    objects=objects,
+                    objects=objects_of(instances_at, boxes, labels, photograph, masks),
                     licence=licences.get(photograph.license, ""),
                     credit=photograph.flickr_url,
                     same_as=known_as(photograph.flickr_url),
@@ -170,21 +161,27 @@ def _captions(path: Path, file: CaptionFile, photographs: dict[int, Photograph])
     return captions
 
 
-def instances_of(path: Path, file: InstanceFile, photographs: dict[int, Photograph]) -> dict[int, list[Instance]]:
+def labels_of(path: Path, file: InstanceFile) -> dict[int, str]:
+    """The name of each category. Raises ValueError where two have the same id."""
+    return {number: category.name for number, category in by_id(f"{path}: categories.", file.categories).items()}
+
+
+def instances_of(
+    path: Path, file: InstanceFile, photographs: dict[int, Photograph], labels: dict[int, str]
+) -> dict[int, list[Instance]]:
     """The annotations of each photograph.
 
     Raises:
         ValueError: an annotation of no photograph or category of the file; names it.
     """
-    known = {category.id for category in file.categories}
     instances = defaultdict(list)
     for annotation in file.annotations:
         with entry():
             _known(path, annotation, photographs)
-            if annotation.category_id not in known:
+            if annotation.category_id not in labels:
                 raise ValueError(
                     f"{path}: annotation {annotation.id}: category_id {annotation.category_id} is not among the file's "
-                    f"{len(known)} categories"
+                    f"{len(labels)} categories"
                 )
             instances[annotation.image_id].append(annotation)
     return instances
@@ -196,20 +193,24 @@ def objects_of(
     """Annotations as objects, boxes cut off at the photograph's border; crowds and boxes without area are left out.
 
     Raises:
-        ValueError: a mask of another size; names the annotation.
+        ValueError: a label without characters, or a mask that is none of this image; names the annotation.
     """
     objects = []
     for annotation in instances:
-        box = inside(corners(annotation.bbox), photograph.width, photograph.height)
-        if box is not None and not annotation.iscrowd:
-            mask = mask_of(path, annotation, photograph) if masks else None
-            objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], mask=mask))
+        with entry(f"{path}: annotation {annotation.id}"):
+            box = inside(corners(annotation.bbox), photograph.width, photograph.height)
+            if box is not None and not annotation.iscrowd:
+                mask = mask_of(path, annotation, photograph) if masks else None
+                objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], mask=mask))
     return objects
 
 
 def _known(path: Path, annotation: Caption | Instance, photographs: dict[int, Photograph]) -> None:
     if annotation.image_id not in photographs:
-        raise ValueError(f"{path}: annotation {annotation.id}: image_id {annotation.image_id} is not among the images")
+        raise ValueError(
+            f"{path}: annotation {annotation.id}: image_id {annotation.image_id} is not among the images that can be "
+            "read"
+        )
 
 
 def mask_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | None:
@@ -217,9 +218,11 @@ def mask_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | N
     from pycocotools import mask as coco_mask
 
     height, width = photograph.height, photograph.width
-    shapes = annotation.segmentation
+    where, shapes = f"{path}: annotation {annotation.id}: segmentation", annotation.segmentation
     encoded: list[Any] = []
     if isinstance(shapes, list) and all(isinstance(shape, list) for shape in shapes):
+        for shape in shapes:
+            _check_polygon(where, shape, width, height)
         # Fewer than three corners have no area, and the encoder would take four numbers for a box.
         polygons = [shape for shape in shapes if isinstance(shape, list) and len(shape) >= 6]
         encoded = coco_mask.frPyObjects(polygons, height, width) if polygons else []
@@ -227,12 +230,41 @@ def mask_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | N
         for runs in shapes if isinstance(shapes, list) else [shapes]:
             if runs.size != (height, width):
                 raise ValueError(
-                    f"{path}: annotation {annotation.id}: segmentation is of an image of "
-                    f"{runs.size[1]}x{runs.size[0]}, the image is {width}x{height}"
+                    f"{where} is of an image of {runs.size[1]}x{runs.size[0]}, the image is {width}x{height}"
                 )
-            packed = isinstance(runs.counts, str)
-            encoded.append(runs.model_dump() if packed else coco_mask.frPyObjects(runs.model_dump(), height, width))
+            lengths = _unpacked(where, runs.counts) if isinstance(runs.counts, str) else runs.counts
+            if any(length < 0 for length in lengths) or sum(lengths) != height * width:
+                raise ValueError(
+                    f"{where}: expected run lengths of all {height * width} pixels of the image, found "
+                    f"{sum(lengths)} in {len(lengths)} runs"
+                )
+            encoded.append(coco_mask.frPyObjects({"size": runs.size, "counts": lengths}, height, width))
     return united(encoded, (height, width))
+
+
+def _check_polygon(where: str, polygon: list[float], width: int, height: int) -> None:
+    """Raises ValueError about one that the encoder, which checks nothing, would read or write beyond its memory for."""
+    if len(polygon) % 2:
+        raise ValueError(f"{where}: expected pairs of x and y, found {len(polygon)} numbers")
+    for x, y in zip(polygon[::2], polygon[1::2], strict=True):
+        if not (-width <= x <= 2 * width and -height <= y <= 2 * height):
+            raise ValueError(f"{where}: expected corners in or near the {width}x{height} image, found {x:g}, {y:g}")
+
+
+def _unpacked(where: str, counts: str) -> list[int]:
+    """Run lengths out of COCO's text: five bits a character, the lowest first; from the third on as differences."""
+    lengths: list[int] = []
+    length = shift = 0
+    for code in counts.encode():
+        if not 48 <= code < 112 or shift > 30:
+            raise ValueError(f"{where}: counts are no compressed run lengths (found {counts!r:.40})")
+        length |= (code - 48 & 31) << shift
+        shift += 5
+        if not code - 48 & 32:  # the last character of a number
+            length -= (code - 48 & 16) << shift - 4  # its sign
+            lengths.append(length + (lengths[-2] if len(lengths) > 2 else 0))
+            length = shift = 0
+    return lengths
 
 
 def united(encoded: list[Any], size: tuple[int, int]) -> RLE | None:

@@ -22,21 +22,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from xvlm.data.readers.entries import Four, by_id, entry, load, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
+    Found,
     Photographs,
     Sample,
     corners,
-    entry,
     identifier,
     known_as,
-    load,
     nearly_inside,
-    only,
-    part_of,
     record,
 )
-from xvlm.data.records import Box, Object, Region
+from xvlm.data.records import Object, Record, Region
 
 Id = int | str
 
@@ -50,7 +48,7 @@ class Picture(BaseModel):
 
 class Annotation(BaseModel):
     image_id: Id
-    bbox: Box | None = None
+    bbox: Four | None = None
     category_id: Id | None = None
     caption: str | None = None
     attributes: Any = None  # a list of words; some tools write flags of their own here
@@ -72,8 +70,9 @@ def read(
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order in which the file lists the images.
 
-    An annotation with a box and a caption becomes a region, with a box and a category an object (its ``attributes``, if
-    a list of words, too), with a caption alone a caption. Boxes are cut off at the border of the image.
+    An annotation with a box and a caption becomes a region, whatever its category; with a box and a category an object
+    (its ``attributes``, if a list of words, too); with a caption alone a caption. Boxes are cut off at the border of
+    the image.
 
     Args:
         folder: see the module's docstring for the files in it.
@@ -95,14 +94,13 @@ def read(
             f"{split}/_annotations.coco.json"
         )
     listed = load(File, path)
-    labels = {category.id: category.name for category in listed.categories}
-    known = {picture.id for picture in listed.images}
+    labels = {number: one.name for number, one in by_id(f"{path}: categories.", listed.categories).items()}
+    pictures = by_id(f"{path}: images.", listed.images)
     said: dict[Id, list[tuple[str, Annotation]]] = defaultdict(list)
-    for i, annotation in enumerate(listed.annotations):
+    for where, annotation in numbered(f"{path}: annotations.", listed.annotations):
         with entry():
-            where = f"{path}: annotations.{i}"
-            if annotation.image_id not in known:
-                raise ValueError(f"{where}: image_id {annotation.image_id!r} is not among the images")
+            if annotation.image_id not in pictures:
+                raise ValueError(f"{where}: image_id {annotation.image_id!r} is not among the images that can be read")
             if annotation.caption is None and annotation.category_id not in labels:
                 raise ValueError(
                     f"{where}: no caption, and category_id {annotation.category_id!r} is not among the file's "
@@ -113,40 +111,52 @@ def read(
             said[annotation.image_id].append((where, annotation))
     source = folder.resolve().name
     with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
-        for picture in listed.images:
+        for picture in pictures.values():
             with entry():
-                found = images.find(f"{path.name} lists it", picture.file_name)
+                where = f"{path}: image {picture.id!r}"
+                found = images.find(f"{where} lists it", picture.file_name)
                 if found is None:
                     continue
                 if picture.width is not None and picture.height is not None:
                     found.check_size(picture.width, picture.height)
-                captions: list[str] = []
-                regions: list[Region] = []
-                objects: list[Object] = []
-                for where, annotation in said[picture.id]:
-                    text = annotation.caption
-                    if text is not None and not text.strip():
-                        raise ValueError(f"{where}: caption is empty")
-                    if annotation.bbox is None:
-                        captions.append(text.strip())
-                        continue
-                    box = nearly_inside(where, corners(annotation.bbox), found.width, found.height)
-                    if text is not None:
-                        regions.append(Region(box_xyxy=box, descriptions=[text.strip()]))
-                    else:
-                        given = annotation.attributes
-                        words = [word for word in given if isinstance(word, str)] if isinstance(given, list) else []
-                        objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], attributes=words))
-                made = record(
-                    f"{path}: {picture.file_name}",
-                    found,
-                    id=identifier(picture.file_name),
-                    source=source,
-                    split=part,
-                    captions=captions,
-                    regions=regions,
-                    objects=objects,
-                    original_id=str(picture.id),
-                    same_as=known_as(picture.file_name),
-                )
-                yield made, found.image
+                of = {"source": source, "split": part}
+                yield _record(where, picture, said[picture.id], labels, found, of), found.image
+
+
+def _record(
+    where: str,
+    picture: Picture,
+    said: list[tuple[str, Annotation]],
+    labels: dict[Id, str],
+    found: Found,
+    of: dict[str, str],
+) -> Record:
+    captions: list[str] = []
+    regions: list[Region] = []
+    objects: list[Object] = []
+    for where_said, annotation in said:
+        with entry(where_said):
+            text = annotation.caption
+            if text is not None and not text.strip():
+                raise ValueError(f"{where_said}: caption is empty")
+            if annotation.bbox is None:
+                captions.append(text.strip())
+                continue
+            box = nearly_inside(where_said, corners(annotation.bbox), found.width, found.height)
+            if text is not None:
+                regions.append(Region(box_xyxy=box, descriptions=[text.strip()]))
+            else:
+                given = annotation.attributes if isinstance(annotation.attributes, list) else []
+                words = [word for word in given if isinstance(word, str) and word.strip()]
+                objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], attributes=words))
+    return record(
+        where,
+        found,
+        id=identifier(picture.file_name),
+        captions=captions,
+        regions=regions,
+        objects=objects,
+        original_id=str(picture.id),
+        same_as=known_as(picture.file_name),
+        **of,
+    )

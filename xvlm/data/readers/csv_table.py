@@ -25,18 +25,16 @@ Boxes are in pixels of the stored image. The folder's name becomes the records' 
 from collections.abc import Iterator
 from pathlib import Path
 
+from xvlm.data.readers.entries import entry, load_table, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     corners,
-    entry,
     identifier,
     known_as,
-    load_table,
     nearly_inside,
-    part_of,
     record,
 )
 from xvlm.data.records import Box, Object, Record, Region
@@ -76,7 +74,7 @@ def read(
     with Photographs(folder, ".", "images", f"images/{split}", split, allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():
             with entry():
-                found = images.find(f"{path.name} lists it", name)
+                found = images.find(f"{rows[0][0]} lists it", name)
                 if found is not None:
                     yield _record(name, rows, columns, found, {"source": source, "split": part}), found.image
 
@@ -124,7 +122,7 @@ def _record(name: str, rows: list[tuple[str, Row]], columns: tuple[str, ...], fo
     regions: list[Region] = []
     objects: list[Object] = []
     for where, row in rows:
-        with entry():
+        with entry(where):
             box = _box(where, row, columns, found)
             text, label, caption = (row.get(column, "") for column in TEXTS)
             if not (text or label or caption):

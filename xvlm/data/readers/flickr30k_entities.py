@@ -13,22 +13,14 @@ Boxes are ``xmin ymin xmax ymax`` in pixels counted from 1, the last ones inside
 
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
-from xvlm.data.readers.photographs import (
-    LARGEST,
-    AllowMissing,
-    Found,
-    Photographs,
-    Sample,
-    around,
-    entry,
-    inside,
-    record,
-)
+from xvlm.data.readers.entries import decoded, entry
+from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, inside, record
 from xvlm.data.records import Box, Phrase, Record, Region
 
 SOURCE = "flickr30k_entities"
@@ -71,10 +63,10 @@ def _listed(folder: Path, split: str) -> list[str]:
         raise ValueError(f"{folder}: split {split!r}; expected train, val or test")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    try:
-        return (folder / f"{split}.txt").read_text(encoding="utf-8").split()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder / split}.txt: no such list of photographs") from None
+    path = folder / f"{split}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list of photographs")
+    return decoded(str(path), path.read_bytes()).split()
 
 
 def _annotations(folder: Path) -> Path | zipfile.Path:
@@ -98,9 +90,9 @@ def _text(annotations: Path | zipfile.Path, member: str) -> tuple[str, str]:
     if isinstance(path, zipfile.Path) and (size := path.root.getinfo(path.at).file_size) > LARGEST:
         raise ValueError(f"{path}: {size} bytes once unpacked; expected the annotations of one photograph")
     try:
-        return str(path), path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
+        return str(path), decoded(str(path), path.read_bytes())
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:  # damaged, or encrypted
+        raise ValueError(f"{path}: cannot be unpacked: {error}") from None
 
 
 def _record(name: str, split: str, found: Found, annotations: Path | zipfile.Path) -> Record:
@@ -141,7 +133,10 @@ class _Caption:
 
 
 def _captions(where: str, text: str) -> list[_Caption]:
-    captions = [_caption(f"{where} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    captions = []
+    for number, line in enumerate(text.split("\n"), 1):
+        with entry():
+            captions += [_caption(f"{where} line {number}", line)] if line.strip() else []
     if not captions:
         raise ValueError(f"{where}: no captions")
     return captions
@@ -177,17 +172,18 @@ def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]
     scale = [actual / given for actual, given in zip(size, annotated, strict=True)]
     chains: dict[str, list[Box]] = {}
     for i, thing in enumerate(root.iter("object"), 1):
-        names = [name.text or "" for name in thing.iter("name")]
-        if not names:
-            raise ValueError(f"{where} object {i}: no <name>; expected the id of its entity chain")
-        for drawn in thing.iter("bndbox"):
-            edges = ("xmin", "ymin", "xmax", "ymax")
-            xmin, ymin, xmax, ymax = _numbers(f"{where} object {i} bndbox", drawn, edges)
-            scaled = ((xmin - 1) * scale[0], (ymin - 1) * scale[1], xmax * scale[0], ymax * scale[1])
-            box = inside(scaled, *size)
-            if box is not None:
-                for name in names:
-                    chains.setdefault(name, []).append(box)
+        with entry():
+            names = [name.text or "" for name in thing.iter("name")]
+            if not names:
+                raise ValueError(f"{where} object {i}: no <name>; expected the id of its entity chain")
+            for drawn in thing.iter("bndbox"):
+                edges = ("xmin", "ymin", "xmax", "ymax")
+                xmin, ymin, xmax, ymax = _numbers(f"{where} object {i} bndbox", drawn, edges)
+                scaled = ((xmin - 1) * scale[0], (ymin - 1) * scale[1], xmax * scale[0], ymax * scale[1])
+                box = inside(scaled, *size)
+                if box is not None:
+                    for name in names:
+                        chains.setdefault(name, []).append(box)
     return chains
 
 

@@ -14,25 +14,15 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
-from xvlm.data.readers.photographs import (
-    LARGEST,
-    AllowMissing,
-    Found,
-    Photographs,
-    Sample,
-    around,
-    entry,
-    explained,
-    inside,
-    record,
-)
+from xvlm.data.readers.entries import Number, checked, entry
+from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, inside, record
 from xvlm.data.records import Box, Expression, Phrase, Record
 
 SOURCE = "grit"
 
-Tied = tuple[float, float, float, float, float, float, float]  # first character, one after the last, box, confidence
+Tied = tuple[Number, Number, Number, Number, Number, Number, Number]  # start and end of the span, box, confidence
 
 
 class Entry(BaseModel):
@@ -65,14 +55,14 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     with Photographs(folder, ".", allow_missing=allow_missing) as images:
         for path in entries:
             with entry():
-                described = _entry(str(path), path.read_bytes())
+                described = checked(Entry, str(path), path.read_bytes())
                 name = str(path.relative_to(folder).with_suffix(".jpg"))
                 if (found := images.find(f"{path.name} describes it", name)) is not None:
                     yield _record(str(path), described, found), found.image
         for path in archives:
             for where, document, image in _members(path):
                 with entry():
-                    described = _entry(where, document)
+                    described = checked(Entry, where, document)
                     name = f"{described.key}.jpg"
                     if (found := images.take(f"{path.name} describes it", name, path / name, image)) is not None:
                         yield _record(where, described, found), found.image
@@ -84,10 +74,10 @@ def _members(path: Path) -> Iterator[tuple[str, bytes, bytes | None]]:
         with tarfile.open(path, "r:") as archive:
             files = {PurePosixPath(member.name): member for member in archive if member.isreg()}
             for name, member in files.items():
-                if name.suffix != ".json":
-                    continue
-                image = files.get(name.with_suffix(".jpg"))
-                yield f"{path}/{name}", _bytes(archive, member), _bytes(archive, image) if image else None
+                if name.suffix == ".json":
+                    with entry():
+                        image = files.get(name.with_suffix(".jpg"))
+                        yield f"{path}/{name}", _bytes(archive, member), _bytes(archive, image) if image else None
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not readable as a tar file: {error}") from None
 
@@ -100,43 +90,37 @@ def _bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _entry(where: str, document: bytes) -> Entry:
-    try:
-        return TypeAdapter(Entry).validate_json(document)
-    except ValidationError as error:
-        raise explained(where, error) from None
-
-
-def _record(where: str, entry: Entry, found: Found) -> Record:
-    if not entry.caption:
+def _record(where: str, said: Entry, found: Found) -> Record:
+    if not said.caption:
         raise ValueError(f"{where}: caption is empty")
+    chunks, expressions = (_boxes(where, said.caption, tied, found) for tied in (said.noun_chunks, said.ref_exps))
     return record(
         where,
         found,
-        id=entry.key,
+        id=said.key,
         source=SOURCE,
-        captions=[entry.caption],
-        phrases=[
-            Phrase(caption=0, start=start, end=end, boxes_xyxy=boxes)
-            for (start, end), boxes in _boxes(entry.noun_chunks, found).items()
-        ],
+        captions=[said.caption],
+        phrases=[Phrase(caption=0, start=start, end=end, boxes_xyxy=boxes) for (start, end), boxes in chunks.items()],
         expressions=[
-            Expression(
-                text=entry.caption[start:end], box_xyxy=around(boxes), boxes_xyxy=boxes if len(boxes) > 1 else []
-            )
-            for (start, end), boxes in _boxes(entry.ref_exps, found).items()
-            if entry.caption[start:end].strip()
+            Expression(text=said.caption[start:end], box_xyxy=around(boxes), boxes_xyxy=boxes if len(boxes) > 1 else [])
+            for (start, end), boxes in expressions.items()
         ],
-        credit=entry.url,
+        credit=said.url,
     )
 
 
-def _boxes(tied: list[Tied], found: Found) -> dict[tuple[int, int], list[Box]]:
+def _boxes(where: str, caption: str, tied: list[Tied], found: Found) -> dict[tuple[int, int], list[Box]]:
     """Boxes in pixels of each span of the caption."""
     boxes: dict[tuple[int, int], list[Box]] = {}
     for start, end, left, top, right, bottom, _ in tied:
-        w, h = found.width, found.height
-        box = inside((left * w, top * h, right * w, bottom * h), w, h)
-        if box is not None:
-            boxes.setdefault((int(start), int(end)), []).append(box)
+        with entry():
+            if not (0 <= start < end <= len(caption) and caption[int(start) : int(end)].strip()):
+                raise ValueError(
+                    f"{where}: expected a span of words of the {len(caption)} characters of the caption, found "
+                    f"{start:g} to {end:g}"
+                )
+            w, h = found.width, found.height
+            box = inside((left * w, top * h, right * w, bottom * h), w, h)
+            if box is not None:
+                boxes.setdefault((int(start), int(end)), []).append(box)
     return boxes

@@ -21,19 +21,8 @@ from typing import Any
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Photographs,
-    Sample,
-    corners,
-    entry,
-    identifier,
-    known_as,
-    load_lines,
-    part_of,
-    record,
-)
-from xvlm.data.records import Box
+from xvlm.data.readers.entries import Four, entry, load_lines, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, identifier, known_as, record
 
 
 class Thing(BaseModel):
@@ -41,11 +30,12 @@ class Thing(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    box_xywh: Box | None = None
+    box_xyxy: Four | None = None
+    box_xywh: Four | None = None
 
     def fields(self, where: str) -> dict[str, Any]:
         """Its fields with the box as ``box_xyxy``."""
-        given = self.model_dump(exclude={"box_xywh"})
+        given = self.model_dump(exclude={"box_xywh"}, exclude_unset=True)
         if self.box_xywh is None:
             return given
         if "box_xyxy" in given:

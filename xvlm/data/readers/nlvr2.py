@@ -15,7 +15,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, entry, load_lines, only, part_of, record
+from xvlm.data.readers.entries import entry, load_lines, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, record
 from xvlm.data.records import Statement
 
 SOURCE = "nlvr2"
@@ -48,34 +49,33 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     path = only(folder, f"{split}.json", f"data/{split}.json", f"nlvr2/data/{split}.json")
     if path is None:
         raise FileNotFoundError(f"{folder}: no {split}.json, in it, in data/ or in nlvr2/data/ of it")
-    lines_of: dict[str, list[Line]] = {}
+    lines_of: dict[str, list[tuple[str, Line]]] = {}
     for where, line in load_lines(Line, path):
         with entry():
             pair, _, sentence = line.identifier.rpartition("-")
             if not pair or not sentence.isdigit():
                 raise ValueError(f"{where}: identifier {line.identifier!r}; expected one like train-10171-0-0")
-            lines_of.setdefault(pair, []).append(line)
+            lines_of.setdefault(pair, []).append((where, line))
     with Photographs(folder, f"images/{split}", split, "images", allow_missing=allow_missing) as images:
         for pair, lines in lines_of.items():
             with entry():
+                where, first = lines[0]
                 names = [f"{pair}-img{side}.png" for side in (0, 1)]
-                left, right = (
-                    images.find(f"{path.name} has sentences about it", name, f"{lines[0].directory}/{name}")
-                    for name in names
-                )
+                left, right = (images.find(f"{where} is about it", name, f"{first.directory}/{name}") for name in names)
                 if left is None or right is None:
                     continue
                 left_id, right_id = (Path(name).stem for name in names)
-                statements = [
-                    Statement(
-                        text=line.sentence.strip(), other=right_id, label=line.label == "True", id=line.identifier
-                    )
-                    for line in lines
-                ]
+                statements = []
+                for where, line in lines:
+                    with entry(where):
+                        said = Statement(
+                            text=line.sentence.strip(), other=right_id, label=line.label == "True", id=line.identifier
+                        )
+                        statements.append(said)
                 # The right one first: whoever stops after n records then has it for every statement.
                 for found, number, url, said in (
-                    (right, right_id, lines[0].right_url, []),
-                    (left, left_id, lines[0].left_url, statements),
+                    (right, right_id, first.right_url, []),
+                    (left, left_id, first.left_url, statements),
                 ):
                     made = record(
                         f"{path}: {number}", found, id=number, source=SOURCE, split=part, statements=said, credit=url

@@ -14,8 +14,9 @@ Boxes are ``xywh`` in pixels. The file is held in memory, as objects that take s
 from collections.abc import Iterator
 from pathlib import Path
 
-from xvlm.data.readers.coco import InstanceFile, instances_of, objects_of
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, entry, load, only, part_of, record
+from xvlm.data.readers.coco import InstanceFile, instances_of, labels_of, objects_of
+from xvlm.data.readers.entries import by_id, entry, load, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, record
 
 SOURCE = "objects365"
 
@@ -40,17 +41,16 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     if path is None:
         raise FileNotFoundError(f"{folder}: no {' or '.join(names)}, nor in annotations/ or {split}/ of it")
     file = load(InstanceFile, path)
-    photographs = {photograph.id: photograph for photograph in file.images}
-    instances = instances_of(path, file, photographs)
-    labels = {category.id: category.name for category in file.categories}
+    photographs, labels = by_id(f"{path}: images.", file.images), labels_of(path, file)
+    instances = instances_of(path, file, photographs, labels)
     with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
-        for photograph in file.images:
+        for photograph in photographs.values():
             with entry():
                 if photograph.id not in instances:
                     continue
                 name = Path(photograph.file_name)
                 names_of_copies = (photograph.file_name, f"{name.parent.name}/{name.name}", name.name)
-                found = images.find(f"{path.name} lists it", *dict.fromkeys(names_of_copies))
+                found = images.find(f"{path}: image {photograph.id} lists it", *dict.fromkeys(names_of_copies))
                 if found is None:
                     continue
                 found.check_size(photograph.width, photograph.height)

@@ -15,27 +15,23 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from xvlm.data.readers.entries import Four, entry, load, load_lines, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     around,
-    entry,
     identifier,
     inside,
     known_as,
-    load,
-    load_lines,
-    only,
-    part_of,
     record,
 )
-from xvlm.data.records import Box, Object, Phrase, Region
+from xvlm.data.records import Box, Object, Phrase, Record, Region
 
 
 class Grounded(BaseModel):
-    bbox: Box | list[Box]
+    bbox: Four | list[Four]
     phrase: str | list[str]
     tokens_positive: list[tuple[int, int]] = []
 
@@ -46,7 +42,7 @@ class Grounding(BaseModel):
 
 
 class Instance(BaseModel):
-    bbox: Box
+    bbox: Four
     label: int | str | None = None
     category: str | None = None
 
@@ -93,56 +89,55 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     with Photographs(folder, split, f"images/{split}", "images", ".", allow_missing=allow_missing) as images:
         for name, lines in lines_of.items():
             with entry():
-                found = images.find(f"{path.name} lists it", name)
-                if found is None:
-                    continue
-                captions: list[str] = []
-                regions: list[Region] = []
-                phrases: list[Phrase] = []
-                objects: list[Object] = []
-                for where, line in lines:
-                    found.check_size(line.width, line.height)
-                    if line.grounding is not None:
-                        named = _regions(where, line.grounding, found)
-                        regions += [region for region, _, _ in named]
-                        phrases += [
-                            Phrase(caption=len(captions), start=start, end=end, boxes_xyxy=boxes)
-                            for _, boxes, spans in named
-                            for start, end in spans
-                        ]
-                        captions.append(line.grounding.caption)
-                    if line.detection is not None:
-                        objects += _objects(where, line.detection, labels, found)
-                made = record(
-                    lines[0][0],
-                    found,
-                    id=identifier(name),
-                    source=source,
-                    split=part,
-                    captions=captions,
-                    regions=regions,
-                    phrases=phrases,
-                    objects=objects,
-                    original_id=name,
-                    same_as=known_as(name),
-                )
-                yield made, found.image
+                found = images.find(f"{lines[0][0]} lists it", name)
+                if found is not None:
+                    yield _record(name, lines, labels, found, {"source": source, "split": part}), found.image
 
 
-def _regions(where: str, grounding: Grounding, found: Found) -> list[tuple[Region, list[Box], list[tuple[int, int]]]]:
-    """Each entry as a region, with its boxes and the spans of the caption it is named by."""
-    regions = []
-    for i, one in enumerate(grounding.regions):
-        given = one.bbox if isinstance(one.bbox, list) else [one.bbox]
-        clipped = (inside(box, found.width, found.height) for box in given)
-        boxes = [box for box in clipped if box is not None]
-        phrase = one.phrase if isinstance(one.phrase, str) else " ".join(one.phrase)
-        if not phrase.strip():
-            raise ValueError(f"{where}: grounding.regions.{i}.phrase is empty")
-        if boxes:
-            region = Region(box_xyxy=around(boxes), descriptions=[phrase.strip()])
-            regions.append((region, boxes, _joined(one.tokens_positive, grounding.caption)))
-    return regions
+def _record(
+    name: str, lines: list[tuple[str, Line]], labels: dict[str, str], found: Found, of: dict[str, str]
+) -> Record:
+    captions: list[str] = []
+    regions: list[Region] = []
+    phrases: list[Phrase] = []
+    objects: list[Object] = []
+    for where, line in lines:
+        with entry():
+            found.check_size(line.width, line.height)
+            if line.grounding is not None:
+                for one_at, one in numbered(f"{where}: grounding.regions.", line.grounding.regions):
+                    with entry(one_at):
+                        boxes = _boxes(one, found)
+                        phrase = (one.phrase if isinstance(one.phrase, str) else " ".join(one.phrase)).strip()
+                        if not phrase:
+                            raise ValueError(f"{one_at}.phrase is empty")
+                        if boxes:
+                            regions.append(Region(box_xyxy=around(boxes), descriptions=[phrase]))
+                            phrases += [
+                                Phrase(caption=len(captions), start=start, end=end, boxes_xyxy=boxes)
+                                for start, end in _joined(one.tokens_positive, line.grounding.caption)
+                            ]
+                captions.append(line.grounding.caption)
+            if line.detection is not None:
+                objects += _objects(where, line.detection, labels, found)
+    return record(
+        lines[0][0],
+        found,
+        id=identifier(name),
+        captions=captions,
+        regions=regions,
+        phrases=phrases,
+        objects=objects,
+        original_id=name,
+        same_as=known_as(name),
+        **of,
+    )
+
+
+def _boxes(grounded: Grounded, found: Found) -> list[Box]:
+    given = grounded.bbox if isinstance(grounded.bbox, list) else [grounded.bbox]
+    clipped = (inside(box, found.width, found.height) for box in given)
+    return [box for box in clipped if box is not None]
 
 
 def _joined(spans: list[tuple[int, int]], caption: str) -> list[tuple[int, int]]:
@@ -158,11 +153,12 @@ def _joined(spans: list[tuple[int, int]], caption: str) -> list[tuple[int, int]]
 
 def _objects(where: str, detection: Detection, labels: dict[str, str], found: Found) -> list[Object]:
     objects = []
-    for i, one in enumerate(detection.instances):
-        label = one.category or labels.get(str(one.label))
-        if label is None:
-            raise ValueError(f"{where}: detection.instances.{i}: no category, and label {one.label!r} in no label_map")
-        box = inside(one.bbox, found.width, found.height)
-        if box is not None:
-            objects.append(Object(box_xyxy=box, label=label))
+    for one_at, one in numbered(f"{where}: detection.instances.", detection.instances):
+        with entry(one_at):
+            label = one.category or labels.get(str(one.label))
+            if label is None:
+                raise ValueError(f"{one_at}: no category, and label {one.label!r} in no label_map")
+            box = inside(one.bbox, found.width, found.height)
+            if box is not None:
+                objects.append(Object(box_xyxy=box, label=label))
     return objects

@@ -20,24 +20,10 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, FiniteFloat
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Found,
-    Kind,
-    Photographs,
-    Sample,
-    entry,
-    explained,
-    inside,
-    known_as,
-    load_cells,
-    load_table,
-    only,
-    part_of,
-    record,
-)
+from xvlm.data.readers.entries import Kind, checked, entry, load_cells, load_table, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, inside, known_as, record
 from xvlm.data.records import Object
 
 SOURCE = "openimages"
@@ -46,10 +32,10 @@ SOURCE = "openimages"
 class Row(BaseModel):
     ImageID: str
     LabelName: str
-    XMin: float
-    XMax: float
-    YMin: float
-    YMax: float
+    XMin: FiniteFloat
+    XMax: FiniteFloat
+    YMin: FiniteFloat
+    YMax: FiniteFloat
     IsGroupOf: bool = False
 
 
@@ -94,7 +80,10 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 found = images.find(f"{boxes_at.name} lists {image_id}", f"{image_id}.jpg")
                 if found is None:
                     continue
-                boxed = [_object(where, row, labels, found) for where, row in rows]
+                objects = []
+                for where, row in rows:
+                    with entry(where):
+                        objects += _objects(where, row, labels, found)
                 origin = origins.get(image_id, Origin(ImageID=image_id))
                 made = record(
                     f"{boxes_at}: image {image_id}",
@@ -102,7 +91,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                     id=image_id,
                     source=SOURCE,
                     split=part,
-                    objects=[thing for thing in boxed if thing is not None],
+                    objects=objects,
                     licence=origin.License,
                     credit=" ".join(filter(None, [origin.Author, origin.OriginalURL])),
                     same_as=known_as(origin.OriginalURL),
@@ -110,12 +99,12 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 yield made, found.image
 
 
-def _object(where: str, row: Row, labels: dict[str, str], found: Found) -> Object | None:
+def _objects(where: str, row: Row, labels: dict[str, str], found: Found) -> list[Object]:
     if row.LabelName not in labels:
         raise ValueError(f"{where}: LabelName {row.LabelName!r} is not among the {len(labels)} classes")
     shares = (row.XMin * found.width, row.YMin * found.height, row.XMax * found.width, row.YMax * found.height)
     box = inside(shares, found.width, found.height)
-    return None if box is None or row.IsGroupOf else Object(box_xyxy=box, label=labels[row.LabelName])
+    return [] if box is None or row.IsGroupOf else [Object(box_xyxy=box, label=labels[row.LabelName])]
 
 
 def _either(name: str) -> tuple[str, str]:
@@ -126,21 +115,19 @@ def _labels(path: Path) -> dict[str, str]:
     """``/m/011k07`` to ``Tortoise``; the file has a heading from version 7 on."""
     labels = {}
     for where, cells in load_cells(path):
-        if len(cells) != 2:
-            raise ValueError(f"{where}: expected two columns, the class and its name, found {','.join(cells)}")
-        labels[cells[0]] = cells[1]
+        with entry():
+            if len(cells) != 2:
+                raise ValueError(f"{where}: expected two columns, the class and its name, found {','.join(cells)}")
+            if labels.setdefault(*cells) != cells[1]:
+                raise ValueError(f"{where}: class {cells[0]} is {cells[1]!r}, and was {labels[cells[0]]!r} before")
     return labels
 
 
 def _rows(kind: type[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
     """Rows as checked objects, each with the name it has in messages."""
-    checked = TypeAdapter(kind)
     heading, rows = load_table(path)
     if "ImageID" not in heading:
         raise ValueError(f"{path}: no column ImageID; found {','.join(heading)}")
     for where, row in rows:
         with entry():
-            try:
-                yield where, checked.validate_python(row)
-            except ValidationError as error:
-                raise explained(where, error) from None
+            yield where, checked(kind, where, row)

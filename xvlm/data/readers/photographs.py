@@ -1,32 +1,26 @@
-"""What readers share: files checked against the shape they should have, photographs found, and what is said of them.
+"""What readers share beside files of annotations: photographs found, and what is said of them.
 
 A reader is a module with ``read(folder, split, *, allow_missing=False) -> Iterator[Sample]``, named in
-:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format. What it does
-about one line, annotation or image is inside ``with entry():``, so that a check can go on behind what is wrong.
+:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format. It reads
+them with :mod:`xvlm.data.readers.entries`, so that a check can go on behind what is wrong.
 """
 
-import csv
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from xvlm.data.images import Undecodable, open_image
+from xvlm.data.readers.entries import NAMED, explained
 from xvlm.data.records import Box, Record, is_unchecked
 
 Sample = tuple[Record, bytes]
 AllowMissing = bool | list[str]  # false: an absent photograph is an error; a list takes the names of the absent ones
-Kind = TypeVar("Kind")
-TypeOf = Callable[..., Kind]  # type[Kind] leaves out list[int] and the like
 
-NAMED = 10  # absent photographs that the log names
 MARGIN = 0.02  # of the image's side
 LARGEST = 256 * 1024**2  # bytes of an image
 SECONDS = 30.0  # that a server may be silent
@@ -35,135 +29,6 @@ logger = logging.getLogger(__name__)
 
 _COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)(?:_\d+)?\.")
 _FLICKR_URL = re.compile(r"static\.?flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
-_PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "val", "dev": "val", "test": "test"}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
-
-_LISTED: ContextVar[list[ValueError | OSError] | None] = ContextVar("listed", default=None)
-
-
-@contextmanager
-def listing(errors: list[ValueError | OSError]) -> Iterator[None]:
-    """What is wrong with an :func:`entry` that is read inside goes to this list, and the entries after it are read."""
-    before = _LISTED.set(errors)
-    try:
-        yield
-    finally:
-        _LISTED.reset(before)
-
-
-@contextmanager
-def entry() -> Iterator[None]:
-    """Around all that a reader does about a line, an annotation or an image, so that :func:`listing` can go on."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if (errors := _LISTED.get()) is None:
-            raise
-        errors.append(error)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files of annotations
-
-
-def load(kind: TypeOf[Kind], path: Path) -> Kind:
-    """A JSON file as a pydantic model or another type. The file and what is kept of it are in memory at once.
-
-    Raises:
-        FileNotFoundError: names the file.
-        ValueError: not JSON, or not of this shape; names the file, the entry, the field and what was found.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except ValidationError as error:
-        raise explained(str(path), error) from None
-
-
-def load_lines(kind: TypeOf[Kind], path: Path) -> Iterator[tuple[str, Kind]]:
-    """Rows of a JSON lines file, each with the name it has in messages. Raises as :func:`load` does."""
-    rows = TypeAdapter(kind)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path} line {number}"
-                with entry():
-                    try:
-                        row = rows.validate_json(line)
-                    except ValidationError as error:
-                        raise explained(where, error) from None
-                    yield where, row
-
-
-def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Cells of each row of a CSV file in UTF-8, the heading's too, with the name it has in messages.
-
-    Raises:
-        ValueError: not CSV in UTF-8; names the file.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.reader(file, strict=True)
-            for row in table:
-                if row:
-                    yield f"{path} line {table.line_num}", [cell.strip() for cell in row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not readable as CSV in UTF-8: {error}") from None
-
-
-def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
-    """The heading of a CSV file, and its rows by column with their names in messages. Raises ValueError likewise."""
-    lines = load_cells(path)
-    _, heading = next(lines, ("", []))
-
-    def rows() -> Iterator[tuple[str, dict[str, str]]]:
-        for where, cells in lines:
-            with entry():
-                if len(cells) != len(heading):
-                    raise ValueError(f"{where}: expected {len(heading)} cells, as in the heading, found {len(cells)}")
-                yield where, dict(zip(heading, cells, strict=True))
-
-    return heading, rows()
-
-
-def explained(where: str, error: ValidationError) -> ValueError:
-    """The first thing wrong as one line: where, the field, what is expected, what was found."""
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":  # only records forbid
-        message = "records have no such field (xvlm data schema prints those they have)"
-    elif first["type"] not in ("missing", "value_error"):
-        message += f" (found {first['input']!r:.200})"
-    return ValueError(": ".join(filter(None, [where, field, message])))
-
-
-def only(folder: Path, *patterns: str) -> Path | None:
-    """The file that fits the first pattern that any file fits; none fits: None.
-
-    Raises:
-        ValueError: several files fit; names them.
-    """
-    for pattern in patterns:
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if len(found) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path in found[:NAMED])
-            raise ValueError(f"{folder}: expected one file {pattern}, found {names}")
-        if found:
-            return found[0]
-    return None
-
-
-def part_of(folder: Path, split: str) -> Literal["train", "val", "test"]:
-    """The part that a split's name begins with: train2014, validation and dev, testA."""
-    named = re.match("|".join(_PARTS), split)
-    if named is None:
-        raise ValueError(f"{folder}: split {split!r}; expected a name that begins with {', '.join(_PARTS)}")
-    return _PARTS[named[0]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,8 +36,9 @@ def part_of(folder: Path, split: str) -> Literal["train", "val", "test"]:
 
 
 class Found(NamedTuple):
-    """A photograph: where it is, its bytes as stored and its size in pixels."""
+    """A photograph: what asks for it, where it is, its bytes as stored and its size in pixels."""
 
+    listed: str
     path: Path | str
     image: bytes
     width: int
@@ -182,7 +48,8 @@ class Found(NamedTuple):
         """Raises ValueError unless the image has the size in whose pixels its boxes are."""
         if (self.width, self.height) != (width, height):
             raise ValueError(
-                f"{self.path}: the image is {self.width}x{self.height}, its boxes are in pixels of {width}x{height}"
+                f"{self.path}: the image is {self.width}x{self.height}, its boxes are in pixels of {width}x{height} "
+                f"({self.listed})"
             )
 
 
@@ -221,11 +88,11 @@ class Photographs:
         A URL (``http``, ``https``) is fetched, each time it is asked for.
 
         Args:
-            listed: what asks for it, for the message ("test.txt lists 777").
+            listed: what asks for it, for messages ("test.txt lists 777").
 
         Raises:
-            FileNotFoundError: absent, which is not allowed.
-            ValueError: not an image.
+            FileNotFoundError: absent, which is not allowed; says what asks for it.
+            ValueError: not an image; likewise.
         """
         if names[0].startswith(("http://", "https://")):
             return self.take(listed, names[0], names[0], _fetched(names[0]))
@@ -233,7 +100,7 @@ class Photographs:
         if path is None:
             return self.take(listed, names[0], self.places[0] / names[0], None)
         if (size := path.stat().st_size) > LARGEST:  # asked first: reading would take the memory
-            raise ValueError(f"{path}: {size} bytes; expected an image of at most {LARGEST}")
+            raise ValueError(f"{path}: {size} bytes; expected an image of at most {LARGEST} ({listed})")
         return self.take(listed, names[0], path, path.read_bytes())
 
     def locate(self, *names: str) -> Path | None:
@@ -244,7 +111,10 @@ class Photographs:
         """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
         self.asked += 1
         if image is not None:
-            return Found(path, image, *_size(path, image))
+            try:
+                return Found(listed, path, image, *open_image(image).size)
+            except Undecodable as error:
+                raise ValueError(f"{path}: {error} ({listed})") from None
         if self.allow_missing is False:
             raise FileNotFoundError(f"{path}: no such photograph, but {listed} (allow_missing leaves it out)")
         self.absent.append(name)
@@ -270,14 +140,6 @@ def _fetched(url: str) -> bytes | None:
     if len(image) > LARGEST:
         raise ValueError(f"{url}: expected an image of at most {LARGEST} bytes")
     return image
-
-
-def _size(path: Path | str, image: bytes) -> tuple[int, int]:
-    """Width and height, read from the header alone."""
-    try:
-        return open_image(image).size
-    except Undecodable as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,21 +19,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel
 
 from xvlm.data.readers.coco import Instance, InstanceFile, Photograph, mask_of, united
+from xvlm.data.readers.entries import by_id, checked, entry, load, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Photographs,
     Sample,
     around,
     corners,
-    entry,
-    explained,
     known_as,
-    load,
     nearly_inside,
-    part_of,
     record,
 )
 from xvlm.data.records import Expression
@@ -70,7 +67,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
 
     An expression has the text as the data set cleaned it (``sent``). Where it names several things, ``boxes_xyxy`` has
     their boxes and ``box_xyxy`` the box around them; where it names nothing in the image, there is no box. Boxes are
-    cut off at the border. Parts such as testA are of the split test and remain as a tag.
+    cut off at the border, empty texts are left out. Parts such as testA are of the split test and remain as a tag.
 
     Args:
         folder: see the module's docstring for the files in it.
@@ -91,8 +88,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
         raise ValueError(f"{refs_at}: no expression of split {part!r}; it has {parts}")
     instances_at = folder / "instances.json"
     instances = load(InstanceFile, instances_at)
-    photographs = {photograph.id: photograph for photograph in instances.images}
-    annotations = {annotation.id: annotation for annotation in instances.annotations}
+    photographs = by_id(f"{instances_at}: images.", instances.images)
+    annotations = by_id(f"{instances_at}: annotations.", instances.annotations)
     refs_of: dict[int, list[Ref]] = {}
     for ref in chosen:
         refs_of.setdefault(ref.image_id, []).append(ref)
@@ -110,10 +107,11 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
                 expressions = []
                 for ref in image_refs:
                     where = f"{refs_at}: ref {ref.ref_id}"
-                    if absent := [number for number in ref.targets if number not in annotations]:
-                        raise ValueError(f"{where}: ann_id {absent[0]} is not in {instances_at}")
-                    targets = [annotations[number] for number in ref.targets]
-                    expressions += _expressions(where, instances_at, ref, targets, photograph, masks)
+                    with entry(where):
+                        if absent := [number for number in ref.targets if number not in annotations]:
+                            raise ValueError(f"{where}: ann_id {absent[0]} is not in {instances_at}")
+                        targets = [annotations[number] for number in ref.targets]
+                        expressions += _expressions(where, instances_at, ref, targets, photograph, masks)
                 made = record(
                     f"{refs_at}: image {image_id}",
                     found,
@@ -148,10 +146,7 @@ def _refs(path: Path) -> list[Ref]:
         loaded = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8", errors="replace").load()
     except Exception as error:  # a broken pickle raises whatever its opcodes trip over
         raise ValueError(f"{path}: not readable as a pickle of plain values: {error}") from None
-    try:
-        return TypeAdapter(list[Ref]).validate_python(loaded)
-    except ValidationError as error:
-        raise explained(str(path), error) from None
+    return checked(list[Ref], str(path), loaded)
 
 
 class _PlainUnpickler(pickle.Unpickler):

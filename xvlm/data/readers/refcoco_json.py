@@ -15,21 +15,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Photographs,
-    Sample,
-    corners,
-    entry,
-    known_as,
-    load,
-    nearly_inside,
-    only,
-    part_of,
-    record,
-)
+from xvlm.data.readers.entries import Four, by_id, entry, load, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, known_as, nearly_inside, record
 from xvlm.data.readers.refcoco import PLACES
-from xvlm.data.records import Box, Expression
+from xvlm.data.records import Expression
 
 
 class CaptionedImage(BaseModel):
@@ -42,7 +31,7 @@ class CaptionedImage(BaseModel):
 
 class Target(BaseModel):
     image_id: int
-    bbox: Box
+    bbox: Four
 
 
 class CaptionedFile(BaseModel):
@@ -54,7 +43,7 @@ class Referred(BaseModel):
     image_id: int
     width: int
     height: int
-    bbox: Box
+    bbox: Four
     expressions: list[str]
 
 
@@ -64,14 +53,15 @@ class Said(BaseModel):
     file_name: str
     width: int
     height: int
-    bbox: Box
+    bbox: Four
     expressions: list[str]
 
 
 def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per photograph of the split, with all its expressions.
 
-    Boxes are cut off at the border. Parts such as testA are of the split test and remain as a tag.
+    Boxes are cut off at the border, empty texts are left out. Parts such as testA are of the split test and remain as a
+    tag.
 
     Args:
         folder: see the module's docstring for the files in it.
@@ -95,14 +85,15 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 found = images.find(f"{path.name} lists it", file_name)
                 if found is None:
                     continue
-                expressions = []
+                where, expressions = f"{path}: {file_name}", []
                 for one in said:
-                    found.check_size(one.width, one.height)
-                    box = nearly_inside(f"{path}: {file_name}", corners(one.bbox), one.width, one.height)
-                    expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
+                    with entry(where):
+                        found.check_size(one.width, one.height)
+                        box = nearly_inside(where, corners(one.bbox), one.width, one.height)
+                        expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
                 same_as = known_as(file_name)
                 made = record(
-                    f"{path}: {file_name}",
+                    where,
                     found,
                     id=same_as.get("coco") or Path(file_name).stem,
                     source=root.name,
@@ -116,12 +107,18 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
 
 def _captioned(path: Path) -> Iterator[Said]:
     file = load(CaptionedFile, path)
-    boxes = {target.image_id: target.bbox for target in file.annotations}
-    for image in file.images:
-        if image.id not in boxes:
-            raise ValueError(f"{path}: image {image.id}: no annotation has a box for its caption {image.caption!r}")
-        size = {"width": image.width, "height": image.height}
-        yield Said(file_name=image.file_name, bbox=boxes[image.id], expressions=[image.caption], **size)
+    pictures = by_id(f"{path}: images.", file.images)
+    targets = by_id(f"{path}: annotations.", file.annotations, "image_id")
+    for target in targets.values():
+        with entry():
+            if target.image_id not in pictures:
+                raise ValueError(f"{path}: a box of image_id {target.image_id}, which is not among the file's images")
+    for image in pictures.values():
+        with entry():
+            if image.id not in targets:
+                raise ValueError(f"{path}: image {image.id}: no annotation has a box for its caption {image.caption!r}")
+            size = {"width": image.width, "height": image.height}
+            yield Said(file_name=image.file_name, bbox=targets[image.id].bbox, expressions=[image.caption], **size)
 
 
 def _per_split(path: Path, split: str) -> Iterator[Said]:

@@ -15,6 +15,7 @@ Boxes are ``x y w h`` (objects) and ``x y width height`` (regions) in pixels. Th
 gigabytes with all four.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -22,24 +23,15 @@ from typing import Annotated
 from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
-from xvlm.data.readers.photographs import (
-    AllowMissing,
-    Kind,
-    Photographs,
-    Sample,
-    corners,
-    entry,
-    inside,
-    known_as,
-    load,
-    only,
-    record,
-)
+from xvlm.data.readers.entries import NAMED, Kind, Number, by_id, entry, load, only
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
 from xvlm.data.records import Box, Object, Question, Region
 
 SOURCE = "visual_genome"
 LICENCE = "annotations CC BY 4.0, photographs under their terms at Flickr"
 ONE_ANSWER = 0.5  # weight of an answer that one annotator gave (the reference: dataset/vqa_dataset.py)
+
+logger = logging.getLogger(__name__)
 
 ImageId = Annotated[int, Field(validation_alias=AliasChoices("image_id", "id"))]
 
@@ -58,10 +50,10 @@ class Photograph:
 @dataclass(slots=True)
 class Thing:
     object_id: Annotated[int, Field(validation_alias=AliasChoices("object_id", "id"))]
-    x: float
-    y: float
-    w: float
-    h: float
+    x: Number
+    y: Number
+    w: Number
+    h: Number
     names: list[str]
     attributes: list[str] | None = None
 
@@ -69,10 +61,10 @@ class Thing:
 @dataclass(slots=True)
 class Described:
     region_id: Annotated[int, Field(validation_alias=AliasChoices("region_id", "id"))]
-    x: float
-    y: float
-    width: float
-    height: float
+    x: Number
+    y: Number
+    width: Number
+    height: Number
     phrase: str
 
 
@@ -112,7 +104,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
 
     Boxes are cut off at the border of the image; boxes without area and empty texts are left out. An object has the
     first of its names and the attributes that ``attributes.json`` gives it. An answer is as written ("Green.") and has
-    the weight 0.5, as in the reference. ``same_as`` has COCO's id for the half of the photographs that COCO has too.
+    the weight 0.5, as in the reference. Annotations of images that ``image_data.json`` does not list are left out, and
+    logged. ``same_as`` has COCO's id for the half of the photographs that COCO has too.
 
     Args:
         folder: see the module's docstring for the files in it.
@@ -125,21 +118,26 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     """
     if split != "train":
         raise ValueError(f"{folder}: split {split!r}; Visual Genome is one set, train")
-    photographs = load(list[Photograph], folder / "image_data.json")
-    objects = {one.image_id: one.objects for one in _entries(Objects, folder, "objects")}
-    attributes = {one.image_id: one.attributes for one in _entries(Attributes, folder, "attributes")}
-    regions = {one.image_id: one.regions for one in _entries(Regions, folder, "region_descriptions")}
-    questions = {one.image_id: one.qas for one in _entries(Questions, folder, "question_answers")}
+    listed_at = folder / "image_data.json"
+    photographs = by_id(f"{listed_at}: ", load(list[Photograph], listed_at), "image_id")
+    objects = {number: one.objects for number, one in _entries(Objects, folder, "objects").items()}
+    attributes = {number: one.attributes for number, one in _entries(Attributes, folder, "attributes").items()}
+    regions = {number: one.regions for number, one in _entries(Regions, folder, "region_descriptions").items()}
+    questions = {number: one.qas for number, one in _entries(Questions, folder, "question_answers").items()}
     if not (objects or attributes or regions or questions):
         raise FileNotFoundError(
             f"{folder}: no annotations; expected objects.json, attributes.json, region_descriptions.json or "
             "question_answers.json"
         )
+    annotated = objects.keys() | attributes.keys() | regions.keys() | questions.keys()
+    if unlisted := annotated - photographs.keys():
+        few = ", ".join(map(str, sorted(unlisted)[:NAMED]))
+        logger.warning("%s does not list %d images that have annotations: %s", listed_at, len(unlisted), few)
     places = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images", "images2")
     with Photographs(folder, *places, allow_missing=allow_missing) as images:
-        for one in photographs:
+        for one in photographs.values():
             with entry():
-                found = images.find(f"image_data.json lists {one.image_id}", f"{one.image_id}.jpg")
+                found = images.find(f"{listed_at.name} lists {one.image_id}", f"{one.image_id}.jpg")
                 if found is None:
                     continue
                 found.check_size(one.width, one.height)
@@ -167,20 +165,21 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 yield made, found.image
 
 
-def _entries(kind: type[Kind], folder: Path, name: str) -> list[Kind]:
+def _entries(kind: type[Kind], folder: Path, name: str) -> dict[int, Kind]:
     path = only(folder, f"{name}.json", f"{name}_v*.json")
-    return load(list[kind], path) if path else []
+    return by_id(f"{path}: ", load(list[kind], path), "image_id") if path else {}
 
 
 def _objects(plain: list[Thing], with_attributes: list[Thing], size: tuple[int, int]) -> list[Object]:
     attributes = {thing.object_id: thing for thing in with_attributes}
-    things = {thing.object_id: thing for thing in plain}
+    known = {thing.object_id for thing in plain}
     objects = []
-    for number, thing in (things | {n: thing for n, thing in attributes.items() if n not in things}).items():
+    for thing in [*plain, *(thing for thing in with_attributes if thing.object_id not in known)]:
         box = _box((thing.x, thing.y, thing.w, thing.h), size)
         label = next((name.strip() for name in thing.names if name.strip()), "")
         if box is not None and label:
-            adjectives = attributes[number].attributes or [] if number in attributes else []
+            same = attributes.get(thing.object_id)
+            adjectives = same.attributes or [] if same else []
             said = [adjective.strip() for adjective in adjectives if adjective.strip()]
             objects.append(Object(box_xyxy=box, label=label, attributes=said))
     return objects

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, entry, load, only, part_of, record
+from xvlm.data.readers.entries import by_id, entry, load, only, part_of
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, record
 from xvlm.data.records import Question
 
 SOURCE = "vqa"
@@ -74,10 +75,11 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     answers_at = only(folder, name, f"*/{name}")
     if answers_at is None and part != "test":
         raise FileNotFoundError(f"{folder}: no annotations of {questions_at.name}; they hold the answers")
-    answers = {one.question_id: one for one in load(AnswerFile, answers_at).annotations} if answers_at else {}
+    given = load(AnswerFile, answers_at).annotations if answers_at else []
+    answers = by_id(f"{answers_at}: annotations.", given, "question_id")
     questions: dict[int, list[Question]] = defaultdict(list)
-    for one in asked.questions:
-        with entry():
+    for one in by_id(f"{questions_at}: questions.", asked.questions, "question_id").values():
+        with entry(f"{questions_at}: question_id {one.question_id}"):
             if answers_at is not None and one.question_id not in answers:
                 raise ValueError(f"{answers_at}: no answers to question_id {one.question_id}")
             answered = answers.get(one.question_id, Answered(question_id=one.question_id, answers=[]))

@@ -17,28 +17,25 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from xvlm.data.readers.entries import Four, entry, load_lines, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Photographs,
     Sample,
     corners,
-    entry,
     identifier,
     inside,
     known_as,
-    load_lines,
-    only,
-    part_of,
     record,
 )
-from xvlm.data.records import Box, Object, Region
+from xvlm.data.records import Object, Region
 
 Texts = str | list[str]
 
 
 class Element(BaseModel):
     caption: Texts
-    bb: Box
+    bb: Four
     attributes: Texts = []
 
 
@@ -85,17 +82,18 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                         continue
                     regions: list[Region] = []
                     objects: list[Object] = []
-                    for element in line.elems:
-                        box = inside(corners(element.bb), found.width, found.height)
-                        texts, attributes = _texts(element.caption), _texts(element.attributes)
-                        if not texts:
-                            raise ValueError(f"{where}: elems: the caption of the box {element.bb} is empty")
-                        if box is None:
-                            continue
-                        if attributes and len(texts) == 1:
-                            objects.append(Object(box_xyxy=box, label=texts[0], attributes=attributes))
-                        else:
-                            regions.append(Region(box_xyxy=box, descriptions=texts, attributes=attributes))
+                    for element_at, element in numbered(f"{where}: elems.", line.elems):
+                        with entry(element_at):
+                            box = inside(corners(element.bb), found.width, found.height)
+                            texts, attributes = _texts(element.caption), _texts(element.attributes)
+                            if not texts:
+                                raise ValueError(f"{element_at}: the caption of the box {element.bb} is empty")
+                            if box is None:
+                                continue
+                            if attributes and len(texts) == 1:
+                                objects.append(Object(box_xyxy=box, label=texts[0], attributes=attributes))
+                            else:
+                                regions.append(Region(box_xyxy=box, descriptions=texts, attributes=attributes))
                     made = record(
                         where,
                         found,
