@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -63,7 +62,6 @@ class Result:
     mean_size: tuple[float, float]  # width, height
     mean_bytes: float
     size: tuple[int, int]  # height, width
-    decoder: str  # of JPEGs, where ours is fast
     clock: str
     repeats: int
     readings: list[Reading]
@@ -77,7 +75,7 @@ class Result:
         lines = [
             f"{self.source}: images of {width:.0f}x{height:.0f} pixels and {self.mean_bytes / 1e3:.0f} kB on average, "
             f"to {self.size[1]}x{self.size[0]}",
-            f"one core, {self.clock} time; medians of {self.repeats}; JPEGs of the fast way decoded by {self.decoder}",
+            f"one core, {self.clock} time; medians of {self.repeats}",
             "",
             "| samples/s | images, texts | plain | ours, exact | ours, fast |",
             "| --- | --- | --- | --- | --- |",
@@ -133,19 +131,10 @@ def bench_data(
         mean_size=tuple(np.mean([(record.width, record.height) for record, _ in some], 0).tolist()),
         mean_bytes=float(np.mean([len(data) for _, data in some])),
         size=processor.config.image_size,
-        decoder=decoder(),
         clock=clock,
         repeats=repeats,
         readings=[one for one in readings if one.images],
     )
-
-
-def decoder() -> str:
-    """The package that :func:`xvlm.data.images.decode_small` uses here, and its version."""
-    try:
-        return f"simplejpeg {metadata.version('simplejpeg')}"
-    except metadata.PackageNotFoundError:
-        return f"Pillow {metadata.version('pillow')} (pip install -e '.[fast]' brings simplejpeg)"
 
 
 def _measure(
