@@ -9,6 +9,7 @@ from io import BytesIO
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 
 JPEG = ("JPEG", "MPO")  # MPO: a JPEG file with more pictures behind the first, as phones write
 MAX_PIXELS = 100_000_000
@@ -57,10 +58,8 @@ def decode_small(image: Image.Image, scale: int) -> UInt8[np.ndarray, "height wi
     """
     if is_undecoded_jpeg(image):
         small = {"min_height": math.ceil(image.height / scale), "min_width": math.ceil(image.width / scale)}
-        with suppress(ImportError, ValueError):  # ValueError: damage of which Pillow says more
-            from simplejpeg import decode_jpeg  # the same pixels as Pillow's, without copies of them
-
-            if image.mode != "CMYK":  # which it turns to RGB with other rounding
+        with suppress(ValueError):  # damage, of which Pillow says more
+            if image.mode != "CMYK":  # which simplejpeg turns to RGB with other rounding; else the pixels are Pillow's
                 return decode_jpeg(image.fp.getbuffer(), "RGB", min_factor=scale, **small)
         image.draft("RGB", (image.width // scale, image.height // scale))
     return np.asarray(rgb(image))
