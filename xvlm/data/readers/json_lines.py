@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
-from xvlm.data.readers.entries import Four, entry, load_lines, part_of
+from xvlm.data.readers.entries import Four, decoded_64, entry, load_lines, part_of
 from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, identifier, known_as, record
 
 
@@ -50,7 +50,7 @@ class Line(BaseModel):
 
     id: str = ""
     image: str = ""
-    image_base64: Base64Bytes = b""
+    image_base64: str = ""
     width: int | None = None
     height: int | None = None
     regions: list[Thing] = []
@@ -88,7 +88,8 @@ def read(
                 if line.image:
                     found = images.find(f"{where} lists it", line.image)
                 else:
-                    found = images.take(f"{where} has it", line.id, Path(where), line.image_base64)
+                    image = decoded_64(f"{where}: image_base64", line.image_base64)
+                    found = images.take(f"{where} has it", line.id, Path(where), image)
                 if found is None:
                     continue
                 if line.width is not None and line.height is not None:
