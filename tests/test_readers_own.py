@@ -223,6 +223,13 @@ def test_json_lines_are_records_with_either_box(tmp_path):
             r"train\.jsonl line 1: caption: records have no such field \(xvlm data",
         ),
         ({"image": "a.jpg", "width": 80, "height": 100}, "the image is 100x80, its boxes are in pixels of 80x100"),
+        (
+            {
+                "image": "a.jpg",
+                "objects": [{"box_xywh": [0, 0, 9, 9], "label": "a", "mask": {"size": [9, 9], "counts": "5"}}],
+            },
+            r"line 1: objects\.0\.mask: expected run lengths of all pixels of \(9, 9\), found counts '5'",
+        ),
         ({"image_base64": "!!", "id": "a"}, r"line 1: image_base64: not base64: .*\(found '!!' …\)"),
         ({"image": "a.jpg", "objects": [{"box_xywh": [0, 0, 9, 9]}]}, r"line 1: objects\.0\.label: Field required"),
         ({"image": "a.jpg", "objects": [{"box": [0, 0, 9, 9], "label": "a"}]}, r"line 1: objects\.0\.box_xyxy: Field"),
