@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from xvlm.data.readers.entries import Four, Number, by_id, entry, load
 from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
-from xvlm.data.records import RLE, Object
+from xvlm.data.records import RLE, Object, is_mask
 
 SOURCE = "coco"
 
@@ -232,13 +232,13 @@ def mask_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | N
                 raise ValueError(
                     f"{where} is of an image of {runs.size[1]}x{runs.size[0]}, the image is {width}x{height}"
                 )
-            lengths = _unpacked(where, runs.counts) if isinstance(runs.counts, str) else runs.counts
-            if any(length < 0 for length in lengths) or sum(lengths) != height * width:
+            if not is_mask(runs.size, runs.counts):
                 raise ValueError(
                     f"{where}: expected run lengths of all {height * width} pixels of the image, found "
-                    f"{sum(lengths)} in {len(lengths)} runs"
+                    f"{runs.counts!r:.80}"
                 )
-            encoded.append(coco_mask.frPyObjects({"size": runs.size, "counts": lengths}, height, width))
+            packed = isinstance(runs.counts, str)
+            encoded.append(runs.model_dump() if packed else coco_mask.frPyObjects(runs.model_dump(), height, width))
     return united(encoded, (height, width))
 
 
@@ -249,22 +249,6 @@ def _check_polygon(where: str, polygon: list[float], width: int, height: int) ->
     for x, y in zip(polygon[::2], polygon[1::2], strict=True):
         if not (-width <= x <= 2 * width and -height <= y <= 2 * height):
             raise ValueError(f"{where}: expected corners in or near the {width}x{height} image, found {x:g}, {y:g}")
-
-
-def _unpacked(where: str, counts: str) -> list[int]:
-    """Run lengths out of COCO's text: five bits a character, the lowest first; from the third on as differences."""
-    lengths: list[int] = []
-    length = shift = 0
-    for code in counts.encode():
-        if not 48 <= code < 112 or shift > 30:
-            raise ValueError(f"{where}: counts are no compressed run lengths (found {counts!r:.40})")
-        length |= (code - 48 & 31) << shift
-        shift += 5
-        if not code - 48 & 32:  # the last character of a number
-            length -= (code - 48 & 16) << shift - 4  # its sign
-            lengths.append(length + (lengths[-2] if len(lengths) > 2 else 0))
-            length = shift = 0
-    return lengths
 
 
 def united(encoded: list[Any], size: tuple[int, int]) -> RLE | None:

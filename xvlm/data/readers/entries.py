@@ -6,6 +6,7 @@ inside ``with entry():``. Inside :func:`listing` both list what is wrong and go 
 
 import csv
 import re
+from base64 import b64decode
 from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -39,8 +40,12 @@ _LISTED: ContextVar[list[ValueError | OSError] | None] = ContextVar("listed", de
 
 
 @contextmanager
-def listing(errors: list[ValueError | OSError]) -> Iterator[None]:
-    """What is wrong with an entry that is read inside goes to this list, and the entries after it are read."""
+def listing(errors: list[ValueError | OSError] | None) -> Iterator[None]:
+    """What is wrong with an entry that is read inside goes to this list, and the entries after it are read.
+
+    Args:
+        errors: None: to no list; it is raised.
+    """
     before = _LISTED.set(errors)
     try:
         yield
@@ -246,6 +251,14 @@ def decoded(where: str, content: bytes) -> str:
         raise ValueError(f"{where} line {line}: expected UTF-8, found the byte 0x{content[error.start]:02x}") from None
 
 
+def decoded_64(where: str, text: str) -> bytes:
+    """Bytes of a file that was written in base64. Raises ValueError unless that is what the text is."""
+    try:
+        return b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: not base64: {error} (found {text[:40]!r} …)") from None
+
+
 def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Cells of each row of a CSV file in UTF-8, the heading's too, with the name it has in messages.
 
@@ -256,13 +269,13 @@ def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
         table = csv.reader(file, strict=True)
         while True:
             with entry():
+                where = f"{path} line {table.line_num + 1}"  # where it begins
                 try:
                     row = next(table, None)
                 except csv.Error as error:
-                    raise ValueError(f"{path} line {table.line_num}: not readable as CSV: {error}") from None
+                    raise ValueError(f"{where}: not readable as CSV: {error}") from None
                 if row is None:
                     return
-                where = f"{path} line {table.line_num}"
                 if escaped := _ESCAPED.search("".join(row)):
                     raise ValueError(f"{where}: expected UTF-8, found the byte 0x{ord(escaped[0]) - 0xDC00:02x}")
                 if row:
@@ -272,7 +285,8 @@ def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
 def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
     """The heading of a CSV file, and its rows by column with their names in messages. Raises ValueError likewise."""
     lines = load_cells(path)
-    _, heading = next(lines, ("", []))
+    with listing(None):  # no row makes sense without it
+        _, heading = next(lines, ("", []))
 
     def rows() -> Iterator[tuple[str, dict[str, str]]]:
         for where, cells in lines:

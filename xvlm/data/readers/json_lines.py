@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from xvlm.data.readers.entries import Four, entry, load_lines, part_of
+from xvlm.data.readers.entries import Four, decoded_64, entry, load_lines, part_of
 from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, identifier, known_as, record
+from xvlm.data.records import RLE, is_mask
 
 
 class Thing(BaseModel):
@@ -32,6 +33,14 @@ class Thing(BaseModel):
 
     box_xyxy: Four | None = None
     box_xywh: Four | None = None
+    mask: RLE | None = None
+
+    @field_validator("mask")
+    @classmethod
+    def mask_has_all_pixels(cls, mask: RLE | None) -> RLE | None:
+        if mask is not None and not is_mask(mask.size, mask.counts):
+            raise ValueError(f"expected run lengths of all pixels of {mask.size}, found counts {mask.counts!r:.80}")
+        return mask
 
     def fields(self, where: str) -> dict[str, Any]:
         """Its fields with the box as ``box_xyxy``."""
@@ -50,7 +59,7 @@ class Line(BaseModel):
 
     id: str = ""
     image: str = ""
-    image_base64: Base64Bytes = b""
+    image_base64: str = ""
     width: int | None = None
     height: int | None = None
     regions: list[Thing] = []
@@ -88,7 +97,8 @@ def read(
                 if line.image:
                     found = images.find(f"{where} lists it", line.image)
                 else:
-                    found = images.take(f"{where} has it", line.id, Path(where), line.image_base64)
+                    image = decoded_64(f"{where}: image_base64", line.image_base64)
+                    found = images.take(f"{where} has it", line.id, Path(where), image)
                 if found is None:
                     continue
                 if line.width is not None and line.height is not None:

@@ -104,6 +104,8 @@ def _record(
     for where, line in lines:
         with entry():
             found.check_size(line.width, line.height)
+            if line.grounding is None and line.detection is None:
+                raise ValueError(f"{where}: neither grounding nor detection")
             if line.grounding is not None:
                 for one_at, one in numbered(f"{where}: grounding.regions.", line.grounding.regions):
                     with entry(one_at):

@@ -10,14 +10,12 @@ A line has the image in ``binary`` (base64 of the file) or its path in ``image_r
 ``xywh`` in pixels. The folder's name becomes the records' source.
 """
 
-import binascii
-from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.entries import Four, entry, load_lines, numbered, only, part_of
+from xvlm.data.readers.entries import Four, decoded_64, entry, load_lines, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Photographs,
@@ -52,7 +50,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     """Records and image bytes, as stored: one per line, with the file's name and the line's number as id.
 
     An element with attributes and one caption becomes an object, any other a region. Boxes are cut off at the border of
-    the image; elements without area in it are left out.
+    the image; elements without area in it are left out, and empty captions of the image.
 
     Args:
         folder: see the module's docstring for the files in it.
@@ -71,7 +69,9 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 with entry():
                     name = line.image_rpath or line.image
                     if line.binary:
-                        found = images.take(f"{where} has it", where, Path(where), _decoded(where, line.binary))
+                        found = images.take(
+                            f"{where} has it", where, Path(where), decoded_64(f"{where}: binary", line.binary)
+                        )
                     elif name:
                         found = images.find(f"{where} lists it", name)
                     else:
@@ -117,13 +117,6 @@ def _files(folder: Path, split: str) -> list[Path]:
     if not parts:
         raise FileNotFoundError(f"{folder}: neither {split}.jsonl, {split}.json nor files in {split}/")
     return parts
-
-
-def _decoded(where: str, binary: str) -> bytes:
-    try:
-        return b64decode(binary, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"{where}: binary: not base64: {error} (found {binary[:40]!r} …)") from None
 
 
 def _texts(given: Texts) -> list[str]:
