@@ -129,7 +129,9 @@ def index(
     from xvlm.data.cache import Cache
     from xvlm.data.tars import expand, write_index
 
-    index = write_index(expand(tars), out, Cache(folder=cache, gigabytes=gigabytes))
+    places = expand(tars)
+    Cache().trust(places)  # so that what reads the index with another cache may run them too
+    index = write_index(places, out, Cache(folder=cache, gigabytes=gigabytes))
     typer.echo(f"{out}: {counted(index.counts['records'], 'record')} in {counted(len(index.shards), 'tar')}")
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from tqdm import tqdm
 
 from xvlm import hub
@@ -51,13 +51,24 @@ class BrokenSample(Exception):
         return f"{self.shard}/{self.key}: {self.reason}"
 
 
+def leads_to_tar(file: str) -> str:
+    """The place of a shard as it is. An index may come from anyone, so that of files it leads to tars only.
+
+    Raises:
+        ValueError: a path that does not end in ``.tar``.
+    """
+    if not is_remote(file) and not file.endswith(".tar"):
+        raise ValueError(f"{file}: expected a file whose name ends in .tar")
+    return file
+
+
 class Shard(Configured):
     """One tar file. ``samples``: key, image offset, image size, text offset, text size, in bytes of the file.
 
     ``sha256`` is of the file; empty in folders packed before it was kept, and of tars of others.
     """
 
-    file: str  # in the folder of the index; or a path, a URL or a pipe
+    file: Annotated[str, AfterValidator(leads_to_tar)]  # in the folder of the index; or a path, a URL or a pipe
     size: int
     text: Literal["json", "txt"] = "json"  # a record, or a caption
     samples: list[tuple[str, Extent, Extent, Extent, Extent]]
@@ -319,6 +330,7 @@ class Shards:
 
     Raises:
         FileNotFoundError: the folder is not packed, or a shard of its index is missing.
+        PermissionError: the index leads to a command that nobody gave here; see :meth:`Cache.trust`.
         ValueError: an index that cannot be read; names it.
     """
 
@@ -327,10 +339,12 @@ class Shards:
         index = _read_index(self.folder / INDEX)
         self.description, self.counts = index.description, index.counts
         self.files = [shard.file if is_remote(shard.file) else str(self.folder / shard.file) for shard in index.shards]
-        if missing := [file for file in self.files if not is_remote(file) and not Path(file).exists()]:
+        if missing := [file for file in self.files if not is_remote(file) and not Path(file).is_file()]:
             raise FileNotFoundError(
                 f"{self.folder}: {len(missing)} of {len(self.files)} shards are missing, first {missing[0]}"
             )
+        for file in self.files:
+            cache.check(file)
         self.sizes = [len(shard.samples) for shard in index.shards]
         self._bytes = [shard.size for shard in index.shards]
         self._captions = [shard.text == "txt" for shard in index.shards]
