@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from xvlm.data import pack as packing
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.parallel import AHEAD, ordered_map
-from xvlm.data.records import RLE, Expression, Object, Phrase, Record, Region
+from xvlm.data.records import RLE, Expression, Object, Phrase, Record, Region, Statement
 from xvlm.data.shards import JOURNAL, REMARKS, Shards, read_remarks, write_shards
 
 BLUE, WHITE = (0, 0, 255), (255, 255, 255)
@@ -438,6 +438,44 @@ def test_boxes_and_masks_follow_an_image_that_is_made_smaller(kind, source, tmp_
 def test_small_images_are_not_written_anew(source, tmp_path):
     packed = pack(config(tmp_path, max_side=120))["train"]
     assert packed.read(0) == source[0]
+
+
+def pairs(n: int, broken: int) -> list[tuple[Record, bytes]]:
+    """Right images and their left ones with two statements, as NLVR2 is read; the picture ``broken`` is cut short."""
+    made = []
+    for i in range(n):
+        said = [
+            Statement(text="both are blue", other=f"r{2 * i}", label=True),
+            Statement(text="x", other="r0", label=False),
+        ]
+        made += [sample(2 * i), sample(2 * i + 1, statements=said)]
+    record, image = made[broken]
+    made[broken] = record, image[:-100]
+    return made
+
+
+@pytest.mark.parametrize("cut", [None, 8])
+def test_a_statement_goes_with_its_other_image_and_is_counted(cut, source, small_shards, tmp_path):
+    source[:] = pairs(6, broken=2)
+    if cut is not None:
+        interrupt(source, cut, config(tmp_path, allow_broken=True))
+    packed = pack(config(tmp_path, allow_broken=True))["train"]
+    records = list(packed.records())
+    assert {each.other for record in records for each in record.statements} == {"r0", "r4", "r6", "r8", "r10"}
+    unreadable, lost = read_remarks(tmp_path / "train")
+    assert (unreadable.record, unreadable.why) == ("r2", "unreadable")
+    assert (lost.record, lost.why, lost.packed) == ("r3", "statements", True)
+    assert lost.message == "without 1 statement about images that were left out"
+    assert packed.counts["statements"] == 11
+
+
+def test_a_statement_far_behind_its_other_image_goes_too_when_packing_went_on(source, small_shards, tmp_path):
+    source[:] = pairs(6, broken=0)
+    interrupt(source, 10, config(tmp_path / "cut", allow_broken=True))
+    pack(config(tmp_path / "cut", allow_broken=True))
+    pack(config(tmp_path / "whole", allow_broken=True))
+    assert contents(tmp_path / "cut/train") == contents(tmp_path / "whole/train")
+    assert Shards(tmp_path / "cut/train").counts["statements"] == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from xvlm.data.images import open_image
 from xvlm.data.parallel import ordered_map
 from xvlm.data.records import Record
 from xvlm.hub import sha256
+from xvlm.prose import counted
 
 INDEX = "index.json"
 JOURNAL = "packing.jsonl"  # of a folder that is not packed yet; locked by the process that packs it
@@ -95,17 +96,18 @@ class Index(Configured):
 class Remark(Configured):
     """What there is to say about a record that was left out, or packed although something speaks against it.
 
-    ``record`` is the image's name where ``why`` is absent: there is no record then.
+    ``record`` is the image's name where ``why`` is absent: there is no record then. Where it is ``statements``, those
+    about an image that was left out are missing from a record that is packed.
     """
 
     record: str
-    why: Literal["unreadable", "leak", "absent"]
+    why: Literal["unreadable", "leak", "absent", "statements"]
     packed: bool
     message: str
 
 
 class Prepared(NamedTuple):
-    """What becomes of a sample on its way into a shard; None: it is left out."""
+    """What becomes of a sample on its way into a shard; None: it is left out, and the remark says why."""
 
     sample: tuple[Record, bytes] | None
     remark: Remark | None = None
@@ -152,6 +154,8 @@ def write_shards(
             results for equal samples, and differ only where the description does.
         absent: names of images that samples should have had, complete once all samples were read; they become remarks.
 
+    Statements about an image that was left out before their record comes are left out, too.
+
     Raises:
         FileExistsError: the folder is packed already, or another process is at it.
         ValueError: an id occurs twice or has a dot, bytes that are no image, or no samples; names the record.
@@ -164,6 +168,7 @@ def write_shards(
         seen = {row[0] for part in finished for row in part.shard.samples}
         digests: list[bytes] = []
         remarks: list[Remark] = []
+        gone = {remark.record for part in finished for remark in part.remarks if not remark.packed}
 
         def kept() -> Iterator[tuple[Record, bytes]]:
             for digest, (sample, remark) in ordered_map(partial(_prepared, prepare), stream, workers):
@@ -171,17 +176,22 @@ def write_shards(
                 if remark is not None:
                     remarks.append(remark)
                 if sample is None:
+                    gone.add(remark.record)
                     continue
-                if sample[0].id in seen:
-                    raise ValueError(
-                        f"record {sample[0].id!r}: this id occurs twice; ids must be unique within {folder}"
-                    )
-                seen.add(sample[0].id)
-                yield sample
+                record, image = sample
+                if record.id in seen:
+                    raise ValueError(f"record {record.id!r}: this id occurs twice; ids must be unique within {folder}")
+                seen.add(record.id)
+                left = [statement for statement in record.statements if statement.other not in gone]
+                if lost := len(record.statements) - len(left):
+                    message = f"without {counted(lost, 'statement')} about images that were left out"
+                    remarks.append(Remark(record=record.id, why="statements", packed=True, message=message))
+                    record = record.model_copy(update={"statements": left})
+                yield record, image
 
-        for first in (left := kept()):
+        for first in (following := kept()):
             path = folder / f"{len(finished):06d}.tar"
-            shard, counts = _write_shard(chain([first], left), path, samples_per_shard)
+            shard, counts = _write_shard(chain([first], following), path, samples_per_shard)
             read, source = len(digests), _together(digests)
             finished.append(_Finished(shard=shard, read=read, source=source, counts=counts, remarks=[*remarks]))
             journal.write(finished[-1].model_dump_json().encode() + b"\n")
