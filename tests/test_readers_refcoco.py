@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,24 @@ def test_pickles_of_any_protocol_with_plain_values_are_read(tmp_path, protocol):
     folder = write(tmp_path / "refcoco", REFS)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(REFS, protocol=protocol))
     assert len(next(refcoco.read(folder, "train"))[0].expressions) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"]r\xff\xff\xff\x00", "no expression of split 'train'"),  # the sixteen millionth value to remember
+        (b"\x96" + struct.pack("<Q", 1 << 28), "not readable as a pickle of plain values"),  # so many bytes, of none
+        (b"]q\x00" + b"(h\x00h\x00lq\x00" * 30, r"refs\(unc\)\.p: 0: "),  # a list twice in a list, and so on
+    ],
+)
+def test_a_pickle_takes_no_more_than_it_holds(tmp_path, content, message):
+    folder = write(tmp_path / "refcoco", REFS)
+    (folder / "refs(unc).p").write_bytes(b"\x80\x04" + content + b".")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        list(refcoco.read(folder, "train"))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_what_is_wrong_is_named(tmp_path, caplog):

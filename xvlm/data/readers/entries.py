@@ -15,6 +15,7 @@ from functools import cache, reduce
 from itertools import count, islice
 from operator import getitem
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -28,6 +29,9 @@ Four = tuple[Number, Number, Number, Number]  # a box as a file has it, in the f
 
 NAMED = 10  # files or fields that a message names
 
+_brief = Repr()  # never the whole of a value, which a pickle may say holds itself a billion times
+_brief.maxstring = _brief.maxother = 200
+_brief.maxlist = _brief.maxdict = 10
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as Python keeps them in texts
 _PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "val", "dev": "val", "test": "test"}
 
@@ -97,7 +101,7 @@ def _messages(document: Any, wrong: ValidationError) -> dict[Place, str]:
         said = expected[entry_at][place]
         message = message.removeprefix("Input should be ") if said else message
         said += [] if message in said else [message]
-        found[place] = "" if kind in ("json_invalid", "value_error", "extra_forbidden") else f" (found {value!r:.200})"
+        found[place] = "" if kind in ("json_invalid", "value_error", "extra_forbidden") else f" (found {_brief.repr(value):.200})"
     return {
         entry_at: "; ".join(
             ": ".join(filter(None, [".".join(map(str, place)), " or ".join(said) + found[place]]))
