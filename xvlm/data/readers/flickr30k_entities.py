@@ -3,7 +3,7 @@
 Files as published (Plummer et al. 2015, https://github.com/BryanPlummer/flickr30k_entities)::
 
     folder/train.txt                  one photograph a line, without the extension
-    folder/images/ID.jpg              or ID_HASH.jpg, as Flickr8k names them
+    folder/flickr30k-images/ID.jpg    or flickr30k_images/, images/; Flickr8k names them ID_HASH.jpg
     folder/annotations.zip            or unpacked:
     folder/Annotations/ID.xml         boxes of entity chains, in pixels of the original photograph
     folder/Sentences/ID.txt           captions: [/EN#283585/people A young child] is playing .
@@ -25,6 +25,7 @@ from xvlm.data.records import Box, Phrase, Record, Region
 
 SOURCE = "flickr30k_entities"
 LICENCE = "Flickr terms: non-commercial research and education only"
+PLACES = ("flickr30k-images", "flickr30k_images", "images")
 NOT_VISUAL = "0"  # the one chain id that phrases of different things share
 
 _SPAN = re.compile(r"\[/EN#(?P<chain>\d+)(?:/[^\s/\[\]]+)+ (?P<text>[^\[\]]+)\]")
@@ -49,7 +50,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         ValueError: a file that does not follow the format; names the file, and the line or object in it.
     """
     names = _listed(folder, split)
-    with Photographs(folder, "images", allow_missing=allow_missing) as images:
+    with Photographs(folder, *PLACES, allow_missing=allow_missing) as images:
         annotations = _annotations(folder)
         for name in names:
             with entry():

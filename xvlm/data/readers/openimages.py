@@ -19,6 +19,7 @@ photograph follow each other, as they do in the published files.
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, FiniteFloat
 
@@ -36,7 +37,8 @@ class Row(BaseModel):
     XMax: FiniteFloat
     YMin: FiniteFloat
     YMax: FiniteFloat
-    IsGroupOf: bool = False
+    IsGroupOf: bool | Literal["-1"] = False  # -1: not asked, as of the boxes that a machine drew
+    Confidence: FiniteFloat = 1.0  # 0: people said it is not there
 
 
 class Origin(BaseModel):
@@ -49,7 +51,8 @@ class Origin(BaseModel):
 def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order in which the boxes list the photographs.
 
-    Boxes of groups ("more than five of these") and boxes without area are left out.
+    Boxes of groups ("more than five of these"), of things that are not there (Confidence 0) and boxes without area are
+    left out.
 
     Args:
         folder: see the module's docstring for the files in it.
@@ -104,7 +107,8 @@ def _objects(where: str, row: Row, labels: dict[str, str], found: Found) -> list
         raise ValueError(f"{where}: LabelName {row.LabelName!r} is not among the {len(labels)} classes")
     shares = (row.XMin * found.width, row.YMin * found.height, row.XMax * found.width, row.YMax * found.height)
     box = inside(shares, found.width, found.height)
-    return [] if box is None or row.IsGroupOf else [Object(box_xyxy=box, label=labels[row.LabelName])]
+    meant = row.IsGroupOf is not True and row.Confidence > 0
+    return [Object(box_xyxy=box, label=labels[row.LabelName])] if meant and box is not None else []
 
 
 def _either(name: str) -> tuple[str, str]:
