@@ -16,7 +16,7 @@ What a row has decides what it is (the reference's dataset/: re, vqa, nlvr, grou
 Boxes are ``xywh`` in pixels. The folder's name becomes the records' source. The file is held in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,7 +57,9 @@ class Row(BaseModel):
     height: int | None = None
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per image, with all that its rows say.
 
     The weight of an answer is its share of a list of answers; of an answer that is no list, 0.5. A pair's statement is
@@ -66,6 +68,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name in the file's name that begins with train, val, dev or test.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -87,7 +90,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 listed_by.setdefault(name, where)
             rows.append((where, row))
     source = folder.resolve().name
-    with Photographs(folder, ".", "images", allow_missing=allow_missing) as images:
+    with Photographs(folder, ".", "images", at=images_at, allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():
             with entry():
                 found = images.find(f"{listed_by[name]} lists it", name)

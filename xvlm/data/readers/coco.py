@@ -10,7 +10,7 @@ Boxes are ``xywh`` in pixels. Objects365 and the RefCOCO family write their boxe
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def read(
     folder: Path,
     split: str,
     *,
+    images_at: Sequence[Path] = (),
     allow_missing: AllowMissing = False,
     require_boxes: bool = False,
     masks: bool = False,
@@ -99,6 +100,7 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: the name in the files' names, with or without a year: train, val2014, test2017.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are annotated but absent, and log how many; a list takes their names.
         require_boxes: refuse a split that has captions only.
         masks: also keep the objects' masks.
@@ -125,7 +127,7 @@ def read(
     captions = _captions(captions_at, captioned, photographs)
     instances = instances_of(instances_at, boxed, photographs, labels)
     licences = {one.id: f"{one.name} {one.url}".strip() for one in captioned.licenses + boxed.licenses}
-    with Photographs(folder, f"images/{split}", split, "images", allow_missing=allow_missing) as images:
+    with Photographs(folder, f"images/{split}", split, "images", at=images_at, allow_missing=allow_missing) as images:
         for photograph in photographs.values():
             with entry():
                 found = images.find(f"the annotations of {split} list image {photograph.id}", photograph.file_name)

@@ -16,7 +16,7 @@ source. The file is held in memory. For COCO itself take :mod:`xvlm.data.readers
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,12 @@ class File(BaseModel):
 
 
 def read(
-    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order in which the file lists the images.
 
@@ -77,7 +82,8 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
-        file: of the annotations, where it has another name; None: the one of this split in the folder.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -110,7 +116,9 @@ def read(
                 raise ValueError(f"{where}: no caption and no bbox")
             said[annotation.image_id].append((where, annotation))
     source = folder.resolve().name
-    with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
+    with Photographs(
+        folder, f"images/{split}", split, "images", ".", at=images_at, allow_missing=allow_missing
+    ) as images:
         for picture in pictures.values():
             with entry():
                 where = f"{path}: image {picture.id!r}"

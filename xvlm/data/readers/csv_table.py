@@ -22,7 +22,7 @@ The names of the columns decide what they are; any others are an error:
 Boxes are in pixels of the stored image. The folder's name becomes the records' source. The table is held in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xvlm.data.readers.entries import entry, load_table, part_of
@@ -47,7 +47,12 @@ Row = dict[str, str]
 
 
 def read(
-    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per image, with all that its rows say.
 
@@ -57,7 +62,8 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
-        file: of the annotations, where it has another name; None: the one of this split in the folder.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -71,7 +77,9 @@ def read(
         raise FileNotFoundError(f"{path}: no such table")
     columns, rows_of = _table(path)
     source = folder.resolve().name
-    with Photographs(folder, ".", "images", f"images/{split}", split, allow_missing=allow_missing) as images:
+    with Photographs(
+        folder, ".", "images", f"images/{split}", split, at=images_at, allow_missing=allow_missing
+    ) as images:
         for name, rows in rows_of.items():
             with entry():
                 found = images.find(f"{rows[0][0]} lists it", name)

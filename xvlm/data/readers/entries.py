@@ -101,7 +101,9 @@ def _messages(document: Any, wrong: ValidationError) -> dict[Place, str]:
         said = expected[entry_at][place]
         message = message.removeprefix("Input should be ") if said else message
         said += [] if message in said else [message]
-        found[place] = "" if kind in ("json_invalid", "value_error", "extra_forbidden") else f" (found {_brief.repr(value):.200})"
+        found[place] = (
+            "" if kind in ("json_invalid", "value_error", "extra_forbidden") else f" (found {_brief.repr(value):.200})"
+        )
     return {
         entry_at: "; ".join(
             ": ".join(filter(None, [".".join(map(str, place)), " or ".join(said) + found[place]]))

@@ -14,7 +14,7 @@ Boxes are ``xmin ymin xmax ymax`` in pixels counted from 1, the last ones inside
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -31,7 +31,9 @@ NOT_VISUAL = "0"  # the one chain id that phrases of different things share
 _SPAN = re.compile(r"\[/EN#(?P<chain>\d+)(?:/[^\s/\[\]]+)+ (?P<text>[^\[\]]+)\]")
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of the list ``{split}.txt``.
 
     A record has the captions without markup, one phrase per marked span (no boxes: nothing was drawn for it) and one
@@ -43,6 +45,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train, val or test.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -50,7 +53,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         ValueError: a file that does not follow the format; names the file, and the line or object in it.
     """
     names = _listed(folder, split)
-    with Photographs(folder, *PLACES, allow_missing=allow_missing) as images:
+    with Photographs(folder, *PLACES, at=images_at, allow_missing=allow_missing) as images:
         annotations = _annotations(folder)
         for name in names:
             with entry():

@@ -11,7 +11,7 @@ Boxes are ``x y x y`` (left top right bottom), shares of the image's width and h
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel
@@ -33,7 +33,9 @@ class Entry(BaseModel):
     ref_exps: list[Tied] = []
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of the files' names.
 
     Noun chunks become phrases of the caption, expressions what they are. Boxes without area are left out.
@@ -41,6 +43,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train; the data set has no other part.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave entries out whose image could not be downloaded, and log how many; a list takes their keys.
 
     Raises:
@@ -52,7 +55,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     archives, entries = sorted(folder.glob("*.tar")), sorted(folder.glob("*/*.json"))
     if not archives and not entries:
         raise FileNotFoundError(f"{folder}: neither tar files nor folders with .json and .jpg files")
-    with Photographs(folder, ".", allow_missing=allow_missing) as images:
+    with Photographs(folder, ".", at=images_at, allow_missing=allow_missing) as images:
         for path in entries:
             with entry():
                 described = checked(Entry, str(path), path.read_bytes())

@@ -15,7 +15,7 @@ named by their format: ``box_xyxy`` (left, top, right, bottom) or ``box_xywh`` (
 schema`` prints all fields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,12 @@ class Line(BaseModel):
 
 
 def read(
-    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of the lines.
 
@@ -68,7 +73,8 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
-        file: of the annotations, where it has another name; None: the one of this split in the folder.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -80,7 +86,9 @@ def read(
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     source = folder.resolve().name
-    with Photographs(folder, ".", "images", f"images/{split}", split, allow_missing=allow_missing) as images:
+    with Photographs(
+        folder, ".", "images", f"images/{split}", split, at=images_at, allow_missing=allow_missing
+    ) as images:
         for where, line in load_lines(Line, path):
             with entry():
                 if bool(line.image) == bool(line.image_base64) or not (line.image or line.id):

@@ -10,7 +10,7 @@ in the folder or in annotations/::
 Boxes are ``xyxy`` in pixels. The folder's name becomes the records' source. The file is held in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -59,7 +59,9 @@ class Line(BaseModel):
     detection: Detection | None = None
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per photograph, with all that its lines say.
 
     A line with ``grounding`` gives a caption, a region per entry (the box around all of its boxes) and, where
@@ -69,6 +71,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name in the file's name that begins with train, val, dev or test.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -86,7 +89,9 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     for where, line in load_lines(Line, path):
         lines_of.setdefault(line.filename, []).append((where, line))
     source = folder.resolve().name
-    with Photographs(folder, split, f"images/{split}", "images", ".", allow_missing=allow_missing) as images:
+    with Photographs(
+        folder, split, f"images/{split}", "images", ".", at=images_at, allow_missing=allow_missing
+    ) as images:
         for name, lines in lines_of.items():
             with entry():
                 found = images.find(f"{lines[0][0]} lists it", name)

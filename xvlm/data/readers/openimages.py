@@ -16,7 +16,7 @@ Boxes are ``XMin XMax YMin YMax``, shares of the image's width and height. Rows 
 photograph follow each other, as they do in the published files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -48,7 +48,9 @@ class Origin(BaseModel):
     Author: str = ""
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order in which the boxes list the photographs.
 
     Boxes of groups ("more than five of these"), of things that are not there (Confidence 0) and boxes without area are
@@ -57,6 +59,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train, validation or test.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -74,7 +77,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     origins = {origin.ImageID: origin for _, origin in _rows(Origin, origins_at)} if origins_at else {}
     done: set[str] = set()
     places = (split, f"images/{split}", f"{split}/data", "images")
-    with Photographs(folder, *places, allow_missing=allow_missing) as images:
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for image_id, rows in groupby(_rows(Row, boxes_at), key=lambda pair: pair[1].ImageID):
             with entry():
                 if image_id in done:

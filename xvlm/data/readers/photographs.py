@@ -1,12 +1,14 @@
 """What readers share beside files of annotations: photographs found, and what is said of them.
 
-A reader is a module with ``read(folder, split, *, allow_missing=False) -> Iterator[Sample]``, named in
-:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format. It reads
-them with :mod:`xvlm.data.readers.entries`, so that a check can go on behind what is wrong.
+A reader is a module with ``read(folder, split, *, images_at=(), allow_missing=False) -> Iterator[Sample]``, named in
+:class:`xvlm.data.pack.CorpusConfig`. One whose annotations may have any name takes ``files``, too. Its docstring shows
+the files it expects and states their box format. It reads them with :mod:`xvlm.data.readers.entries`, so that a check
+can go on behind what is wrong.
 """
 
 import logging
 import re
+from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,13 +61,16 @@ class Photographs:
     Args:
         folder: of the data set.
         places: folders in it that may hold the photographs, in the order in which they are searched.
+        at: the folders that hold them, where these are none of the places.
 
     Raises:
-        FileNotFoundError: none of the places is there; names them.
+        FileNotFoundError: none of the places is there, or not all of ``at``; names them.
     """
 
-    def __init__(self, folder: Path, *places: str, allow_missing: AllowMissing = False):
-        self.places = [folder / place for place in places if (folder / place).is_dir()]
+    def __init__(self, folder: Path, *places: str, at: Sequence[Path] = (), allow_missing: AllowMissing = False):
+        if absent := [place for place in at if not place.is_dir()]:
+            raise FileNotFoundError(f"{absent[0]}: no such folder of photographs")
+        self.places = list(at) or [folder / place for place in places if (folder / place).is_dir()]
         if not self.places:
             raise FileNotFoundError(f"{folder}: no photographs; expected in it a folder {', '.join(places)}")
         self.allow_missing = allow_missing

@@ -15,7 +15,7 @@ folder's name becomes the records' source. Other JSON forms of the same sets: :m
 import io
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,7 +62,9 @@ class Ref(BaseModel):
         return [] if self.no_target else [number for number in named if number != -1]
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks: bool = True) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False, masks: bool = True
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per photograph of the split, with all its expressions.
 
     An expression has the text as the data set cleaned it (``sent``). Where it names several things, ``boxes_xyxy`` has
@@ -72,6 +74,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
     Args:
         folder: see the module's docstring for the files in it.
         split: train, val, test, testA, testB, ...; with several files of refs, ``testA_unc``.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
         masks: also keep what outlines the things.
 
@@ -94,7 +97,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
     for ref in chosen:
         refs_of.setdefault(ref.image_id, []).append(ref)
     root = folder.resolve()
-    with Photographs(root, *PLACES, allow_missing=allow_missing) as images:
+    with Photographs(root, *PLACES, at=images_at, allow_missing=allow_missing) as images:
         for image_id, image_refs in refs_of.items():
             with entry():
                 if image_id not in photographs:

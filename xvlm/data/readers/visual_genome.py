@@ -16,7 +16,7 @@ gigabytes with all four.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -99,7 +99,9 @@ class Questions:
     qas: list[Asked]
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of ``image_data.json``.
 
     Boxes are cut off at the border of the image; boxes without area and empty texts are left out. An object has the
@@ -110,6 +112,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train; the data set has no other part.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -134,7 +137,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         few = ", ".join(map(str, sorted(unlisted)[:NAMED]))
         logger.warning("%s does not list %d images that have annotations: %s", listed_at, len(unlisted), few)
     places = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images", "images2")
-    with Photographs(folder, *places, allow_missing=allow_missing) as images:
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for one in photographs.values():
             with entry():
                 found = images.find(f"{listed_at.name} lists {one.image_id}", f"{one.image_id}.jpg")

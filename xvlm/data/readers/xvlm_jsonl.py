@@ -12,7 +12,7 @@ A line has the image in ``binary`` (base64 of the file) or its path in ``image_r
 
 import binascii
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -48,7 +48,9 @@ class Line(BaseModel):
     image: str = ""
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per line, with the file's name and the line's number as id.
 
     An element with attributes and one caption becomes an object, any other a region. Boxes are cut off at the border of
@@ -57,6 +59,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -65,7 +68,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     """
     part = part_of(folder, split)
     source = folder.resolve().name
-    with Photographs(folder, ".", "images", allow_missing=allow_missing) as images:
+    with Photographs(folder, ".", "images", at=images_at, allow_missing=allow_missing) as images:
         for path in _files(folder, split):
             for number, (where, line) in enumerate(load_lines(Line, path), 1):
                 with entry():
