@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from photographs import jpeg, place
 
 from xvlm.data import readers
-from xvlm.data.pack import CorpusConfig, Reader, read
+from xvlm.data.pack import OF_FILES, CorpusConfig, Reader, read
 from xvlm.data.readers import photographs
 from xvlm.data.readers.photographs import Photographs
 
@@ -37,7 +37,9 @@ def test_every_reader_is_named_once_and_every_name_is_a_reader():
 def test_readers_are_called_alike_and_state_their_boxes(reader: ModuleType):
     parameters = inspect.signature(reader.read).parameters
     assert list(parameters)[:2] == ["folder", "split"]
-    assert parameters["allow_missing"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert {"images_at", "allow_missing"} <= parameters.keys()
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in list(parameters.values())[2:])
+    assert ("files" in parameters) == (reader.__name__.rpartition(".")[2] in OF_FILES)
     assert "Boxes are" in reader.__doc__ or "No boxes" in reader.__doc__
     assert all(extra.default is not inspect.Parameter.empty for extra in list(parameters.values())[2:])
 
@@ -117,6 +119,11 @@ def test_photographs_are_looked_for_in_every_place_under_every_name(tmp_path):
             images.find("the list has it", "3.jpg")
     with pytest.raises(FileNotFoundError, match="no photographs; expected in it a folder c, d"):
         Photographs(tmp_path, "c", "d")
+    with Photographs(tmp_path, "a", at=[tmp_path / "b/x"], allow_missing=True) as images:
+        assert images.find("it", "2.jpg").path == tmp_path / "b/x/2.jpg"
+        assert images.find("it", "1.jpg") is None
+    with pytest.raises(FileNotFoundError, match="c: no such folder of photographs"):
+        Photographs(tmp_path, "a", at=[tmp_path / "a", tmp_path / "c"])
 
 
 def test_photographs_behind_urls_are_fetched(tmp_path):

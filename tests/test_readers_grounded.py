@@ -75,6 +75,13 @@ def test_odvg(tmp_path, name, image):
     ]
 
 
+def test_odvg_of_other_names(tmp_path):
+    place(tmp_path / "grit", "2405116.jpg")
+    write(tmp_path, GROUNDING, name="grit20m_vg.json")
+    ((record, _),) = odvg.read(tmp_path, "train", files=[tmp_path / "grit20m_vg.json"], images_at=[tmp_path / "grit"])
+    assert record.captions == [CAPTION]
+
+
 def test_odvg_that_is_wrong(tmp_path, caplog):
     place(tmp_path, "2405116.jpg")
     regions = GROUNDING["grounding"]["regions"]

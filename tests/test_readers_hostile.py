@@ -1,6 +1,7 @@
 """Whatever a file of annotations holds: records, or one clear error that names it; a check goes on behind it."""
 
 import json
+import re
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from photographs import place
 from pydantic import ValidationError
 
 from xvlm.data import check
+from xvlm.data.readers.entries import listing
 
 
 class Lines(list):
@@ -251,3 +253,219 @@ def test_whatever_a_value_is_it_is_a_record_or_one_clear_error(tmp_path_factory,
     of_all = (is_table and place[0] == 0) or place[0] == "categories" or file.startswith("class")
     if any(isinstance(part, int) for part in place) and not of_all:
         assert report.records
+
+
+FAR = [[1e9, 0, 5, 5, 9, 9]]  # of an outline; the encoder of masks would end the process
+RUNS = {"size": [80, 100], "counts": [5, 10**6]}
+TEXT_OF_RUNS = {"size": [80, 100], "counts": "5"}
+
+# Of each reader: a file, what is put where in it, what a check then says in its order, and how much less is read.
+WRONG = [
+    (
+        "coco",
+        "annotations/instances_train.json",
+        {("annotations", 0, "bbox"): [1, 2, 3], ("annotations", 1, "category_id"): 9},
+        [
+            r"instances_train\.json: annotations\.0\.bbox: expected 4 values \(found \[1, 2, 3\]\)",
+            r"annotation 2: category_id 9 is not among the file's 1 categories",
+        ],
+        4,
+    ),
+    (
+        "coco",
+        "annotations/captions_train.json",
+        {("annotations", 0, "caption"): 5, ("annotations", 1, "image_id"): 9},
+        [r"annotations\.0\.caption: .*\(found 5\)", "annotation 2: image_id 9 is not among the images"],
+        2,
+    ),
+    *(
+        ("coco", "annotations/instances_train.json", {("annotations", 0, "segmentation"): shape}, [message], 2)
+        for shape, message in [
+            (FAR, r"annotation 1: segmentation: expected corners in or near the 100x80 image, found 1e\+09, 0"),
+            ([[0, 0, 5, 5, 9]], r"annotation 1: segmentation: expected pairs of x and y, found 5 numbers"),
+            ([[0, 0, 5, float("nan"), 9, 9]], r"annotations\.0\.segmentation: .* finite number"),
+            (RUNS, r"segmentation: expected run lengths of all 8000 pixels of the image, found 1000005 in 2 runs"),
+            (RUNS | {"counts": [8001, -1]}, r"expected run lengths of all 8000 pixels"),
+            (TEXT_OF_RUNS, r"segmentation: expected run lengths of all 8000 pixels"),
+            (TEXT_OF_RUNS | {"counts": "é"}, r"segmentation: counts are no compressed run lengths \(found 'é'\)"),
+        ]
+    ),
+    (
+        "objects365",
+        "objects365_train.json",
+        {("annotations", 0, "bbox"): None, ("categories", 0): {"id": 1, "name": ""}},
+        [r"annotations\.0\.bbox: .*\(found None\)", r"annotation 2: label: .* at least 1 character"],
+        2,
+    ),
+    (
+        "visual_genome",
+        "region_descriptions.json",
+        {(0, "regions", 0, "x"): "1"},
+        [r"region_descriptions\.json: 0\.regions\.0\.x: .* valid number \(found '1'\)"],
+        1,
+    ),
+    (
+        "refcoco",
+        "refs(unc).json",
+        {(0, "ann_id"): 9, (1, "sentences", 0): 5},
+        [r"1\.sentences\.0: .*\(found 5\)", r"ref 1: ann_id 9 is not in .*instances\.json"],
+        4,
+    ),
+    (
+        "refcoco_json",
+        "finetune_refcoco_train.json",
+        {("annotations", 0, "image_id"): 9},
+        ["a box of image_id 9, which is not among the file's images", "image 1: no annotation has a box for"],
+        1,
+    ),
+    (
+        "vqa",
+        "v2_OpenEnded_mscoco_train2014_questions.json",
+        {("questions", 0, "question"): " ", ("questions", 1, "question_id"): 9},
+        ["question_id 1: text: .* at least 1 character", "no answers to question_id 9"],
+        2,
+    ),
+    (
+        "vqa",
+        "v2_mscoco_train2014_annotations.json",
+        {("annotations", 1, "question_id"): 1, ("annotations", 1, "answer_type"): "number"},
+        [r"annotations\.1: question_id 1 is that of another entry before it", "no answers to question_id 2"],
+        1,
+    ),
+    (
+        "nlvr2",
+        "train.json",
+        {(0, "sentence"): " ", (1, "label"): True},
+        [r"train\.json line 2: label: .*\(found True\)", r"train\.json line 1: text: .* at least 1 character"],
+        2,
+    ),
+    (
+        "odvg",
+        "train.jsonl",
+        {
+            (0, "grounding", "regions", 0, "phrase"): " ",
+            (0, "detection", "instances", 0, "category"): None,
+            (1, "grounding"): None,
+            (1, "detection"): None,
+        },
+        [
+            r"line 1: grounding\.regions\.0\.phrase is empty",
+            r"line 1: detection\.instances\.0: no category, and label 0 in no label_map",
+            "line 2: neither grounding nor detection",
+        ],
+        7,
+    ),
+    (
+        "grit",
+        f"0/{Path(COCO[0]).stem}.json",
+        {("noun_chunks", 0, 1): 6, ("ref_exps", 0, 0): -3},
+        ["of the 5 characters of the caption, found 0 to 6", "of the caption, found -3 to 5"],
+        2,
+    ),
+    (
+        "xvlm_jsonl",
+        "train.jsonl",
+        {(0, "elems", 0, "caption"): ["", " "], (1, "elems", 0, "bb"): [1, 2, 3]},
+        [r"line 1: elems\.0: the caption of the box .* is empty", r"line 2: elems\.0\.bb: expected 4 values"],
+        2,
+    ),
+    (
+        "albef_json",
+        "train.json",
+        {(0, "caption"): "", (1, "question"): "", (1, "answer"): "", (2, "bbox"): [1, 2, 3], (5, "answer"): 5},
+        [
+            r"train\.json: 2\.bbox: expected 4 values",
+            r"train\.json: 5\.answer: .*\(found 5\)",
+            "row 0: caption is empty",
+            "row 1: no words; expected a caption, question or text",
+        ],
+        4,
+    ),
+    (
+        "coco_json",
+        "train.json",
+        {
+            ("annotations", 0, "bbox"): [1, 2, 3],
+            ("annotations", 1, "bbox"): [60, 20, 90, 70],
+            ("annotations", 2, "caption"): 5,
+            ("annotations", 4, "caption"): "",
+            ("annotations", 5, "image_id"): 9,
+        },
+        [
+            r"train\.json: annotations\.0\.bbox: expected 4 values \(found \[1, 2, 3\]\)",
+            r"train\.json: annotations\.2\.caption: Input should be a valid string \(found 5\)",
+            r"train\.json: annotations\.5: image_id 9 is not among the images",
+            r"train\.json: annotations\.1: box \(60, 20, 150, 90\) as left, top, right, bottom; expected",
+            r"train\.json: annotations\.4: caption is empty",
+        ],
+        5,
+    ),
+    (
+        "coco_json",
+        "train.json",
+        {("images", 1, "id"): 1, ("categories", 0): {"id": 1, "name": ""}},
+        [
+            r"images\.1: id 1 is that of another entry before it",
+            *(rf"annotations\.{i}: image_id 2 is not among the images" for i in (3, 4, 5)),
+            r"annotations\.0: label: .* at least 1 character",
+        ],
+        4,
+    ),
+    (
+        "json_lines",
+        "train.jsonl",
+        {(0, "objects", 0, "box_xywh"): [1, 2, 3], (1, "captions"): "dog", (1, "width"): [], (1, "regions"): 3},
+        [
+            r"line 1: objects\.0\.box_xywh: expected 4 values",
+            r"line 2: width: .*\(found \[\]\); regions: .*\(found 3\)",
+        ],
+        6,
+    ),
+    ("csv_table", "train.csv", {(1, 1): "x", (2, 5): "", (2, 6): ""}, ["line 2: x,y,", "line 3: no text"], 4),
+    (
+        "openimages",
+        "train-annotations-bbox.csv",
+        {(1, 1): "/m/3", (2, 2): "nan"},
+        [r"line 2: LabelName '/m/3' is not among the 2 classes", r"line 3: XMin: .* finite number"],
+        2,
+    ),
+    (
+        "openimages",
+        "class-descriptions-boxable.csv",
+        {(0, 0): "/m/2"},
+        [r"boxable\.csv line 2: class /m/2 is 'Cat', and was 'Dog' before", "LabelName '/m/1' is not among the 1 cl"],
+        2,
+    ),
+]
+
+
+def said(name: str, folder: Path) -> int:
+    """How many captions, boxes, masks, questions and so on are read."""
+    records = [record for record, _ in read(name, folder)]
+    kinds = ("captions", "regions", "objects", "phrases", "expressions", "questions", "statements")
+    return sum(
+        len(getattr(one, kind)) + sum(getattr(each, "mask", None) is not None for each in getattr(one, kind))
+        for one in records
+        for kind in kinds
+    )
+
+
+@pytest.mark.parametrize(("name", "file", "wrong", "messages", "less"), WRONG)
+def test_what_is_wrong_is_named_and_hides_nothing_else(tmp_path, pictures, name, file, wrong, messages, less):
+    sound, broken = tmp_path / "sound", tmp_path / "broken"
+    document = FILES[name][file]
+    for at, value in wrong.items():
+        document = changed(document, at, "put", value)
+    for folder, files in ((sound, {}), (broken, {file: document})):
+        folder.mkdir()
+        write(folder, pictures, FILES[name] | files)
+    with pytest.raises(ValueError, match=str(tmp_path)) as raised:
+        list(read(name, broken))
+    errors = []
+    with listing(errors):
+        assert said(name, broken) == said(name, sound) - less
+    assert str(raised.value) == str(errors[0])
+    assert len(errors) == len(set(map(str, errors))) >= len(messages)
+    left = iter(map(str, errors))
+    for message in messages:
+        assert any(re.search(message, one) for one in left), (message, list(map(str, errors)))

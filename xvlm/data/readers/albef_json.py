@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from xvlm.data.readers.entries import Four, entry, load, numbered, only, part_of
+from xvlm.data.readers.entries import Four, entry, files_of, load, numbered, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
@@ -58,7 +58,12 @@ class Row(BaseModel):
 
 
 def read(
-    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per image, with all that its rows say.
 
@@ -68,6 +73,7 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: a name in the file's name that begins with train, val, dev or test.
+        files: of the annotations, where it is not the one of this split in the folder.
         images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
@@ -76,19 +82,17 @@ def read(
         ValueError: a file that does not follow the format; names the file, the row and the field.
     """
     part = part_of(folder, split)
-    path = only(folder, f"{split}.json", f"*_{split}.json")
-    if path is None:
-        raise FileNotFoundError(f"{folder}: neither {split}.json nor *_{split}.json")
     rows_of: dict[str, list[tuple[str, Row]]] = {}
     listed_by: dict[str, str] = {}
-    for where, row in numbered(f"{path}: row ", load(list[Row], path)):
-        with entry():
-            if bool(row.image) == (len(row.images) == 2):
-                raise ValueError(f"{where}: expected the path of one image, or of two in images")
-            for name in (row.image,) if row.image else reversed(row.images):
-                rows = rows_of.setdefault(name, [])
-                listed_by.setdefault(name, where)
-            rows.append((where, row))
+    for path in files_of(folder, files, f"{split}.json", f"*_{split}.json"):
+        for where, row in numbered(f"{path}: row ", load(list[Row], path)):
+            with entry():
+                if bool(row.image) == (len(row.images) == 2):
+                    raise ValueError(f"{where}: expected the path of one image, or of two in images")
+                for name in (row.image,) if row.image else reversed(row.images):
+                    rows = rows_of.setdefault(name, [])
+                    listed_by.setdefault(name, where)
+                rows.append((where, row))
     source = folder.resolve().name
     with Photographs(folder, ".", "images", at=images_at, allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():

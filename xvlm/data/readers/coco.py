@@ -51,6 +51,9 @@ class RunLengths(BaseModel):
     counts: str | list[int]
 
 
+Outline = list[list[Number]] | RunLengths | list[RunLengths]  # polygons, or a mask or several
+
+
 @dataclass(slots=True)  # no model: Objects365 has millions of them
 class Instance:
     id: int
@@ -58,7 +61,7 @@ class Instance:
     category_id: int
     bbox: Four
     iscrowd: bool = False
-    segmentation: list[list[Number]] | RunLengths | list[RunLengths] = field(default_factory=list)
+    segmentation: Outline = field(default_factory=list)
 
 
 class Category(BaseModel):
@@ -202,7 +205,7 @@ def objects_of(
         with entry(f"{path}: annotation {annotation.id}"):
             box = inside(corners(annotation.bbox), photograph.width, photograph.height)
             if box is not None and not annotation.iscrowd:
-                mask = mask_of(path, annotation, photograph) if masks else None
+                mask = outline_of(path, annotation, photograph) if masks else None
                 objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], mask=mask))
     return objects
 
@@ -215,12 +218,21 @@ def _known(path: Path, annotation: Caption | Instance, photographs: dict[int, Ph
         )
 
 
-def mask_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | None:
-    """Polygons or run lengths, one or several, as one mask; None where there is nothing that has an area."""
+def outline_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | None:
+    """The mask of an annotation, as :func:`mask_of`."""
+    where = f"{path}: annotation {annotation.id}"
+    return mask_of(where, annotation.segmentation, (photograph.width, photograph.height))
+
+
+def mask_of(where: str, shapes: Outline, size: tuple[int, int]) -> RLE | None:
+    """What outlines something in an image of ``size`` (width, height), as a mask; None where nothing has an area.
+
+    Raises:
+        ValueError: an outline that makes no sense there; says where.
+    """
     from pycocotools import mask as coco_mask
 
-    height, width = photograph.height, photograph.width
-    where, shapes = f"{path}: annotation {annotation.id}: segmentation", annotation.segmentation
+    where, (width, height) = f"{where}: segmentation", size
     encoded: list[Any] = []
     if isinstance(shapes, list) and all(isinstance(shape, list) for shape in shapes):
         for shape in shapes:

@@ -6,9 +6,10 @@ inside ``with entry():``. Inside :func:`listing` both list what is wrong and go 
 
 import csv
 import re
+from base64 import b64decode
 from codecs import BOM_UTF8
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, reduce
@@ -43,8 +44,12 @@ _LISTED: ContextVar[list[ValueError | OSError] | None] = ContextVar("listed", de
 
 
 @contextmanager
-def listing(errors: list[ValueError | OSError]) -> Iterator[None]:
-    """What is wrong with an entry that is read inside goes to this list, and the entries after it are read."""
+def listing(errors: list[ValueError | OSError] | None) -> Iterator[None]:
+    """What is wrong with an entry that is read inside goes to this list, and the entries after it are read.
+
+    Args:
+        errors: None: to no list; it is raised.
+    """
     before = _LISTED.set(errors)
     try:
         yield
@@ -252,6 +257,14 @@ def decoded(where: str, content: bytes) -> str:
         raise ValueError(f"{where} line {line}: expected UTF-8, found the byte 0x{content[error.start]:02x}") from None
 
 
+def decoded_64(where: str, text: str) -> bytes:
+    """Bytes of a file that was written in base64. Raises ValueError unless that is what the text is."""
+    try:
+        return b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: not base64: {error} (found {text[:40]!r} …)") from None
+
+
 def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Cells of each row of a CSV file in UTF-8, the heading's too, with the name it has in messages.
 
@@ -262,13 +275,13 @@ def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
         table = csv.reader(file, strict=True)
         while True:
             with entry():
+                where = f"{path} line {table.line_num + 1}"  # where it begins
                 try:
                     row = next(table, None)
                 except csv.Error as error:
-                    raise ValueError(f"{path} line {table.line_num}: not readable as CSV: {error}") from None
+                    raise ValueError(f"{where}: not readable as CSV: {error}") from None
                 if row is None:
                     return
-                where = f"{path} line {table.line_num}"
                 if escaped := _ESCAPED.search("".join(row)):
                     raise ValueError(f"{where}: expected UTF-8, found the byte 0x{ord(escaped[0]) - 0xDC00:02x}")
                 if row:
@@ -278,7 +291,8 @@ def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
 def load_table(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
     """The heading of a CSV file, and its rows by column with their names in messages. Raises ValueError likewise."""
     lines = load_cells(path)
-    _, heading = next(lines, ("", []))
+    with listing(None):  # no row makes sense without it
+        _, heading = next(lines, ("", []))
 
     def rows() -> Iterator[tuple[str, dict[str, str]]]:
         for where, cells in lines:
@@ -306,9 +320,28 @@ def only(folder: Path, *patterns: str) -> Path | None:
     return None
 
 
-def part_of(folder: Path, split: str) -> Literal["train", "val", "test"]:
-    """The part that a split's name begins with: train2014, validation and dev, testA."""
+def files_of(folder: Path, files: Sequence[Path], *patterns: str) -> Sequence[Path]:
+    """The files of annotations that were asked for by name; none: the one that :func:`only` finds.
+
+    Raises:
+        FileNotFoundError: one is not there, or nothing fits; says what would.
+    """
+    if absent := [path for path in files if not path.is_file()]:
+        raise FileNotFoundError(f"{absent[0]}: no such file")
+    if files:
+        return files
+    if (found := only(folder, *patterns)) is None:
+        raise FileNotFoundError(f"{folder}: no {' or '.join(patterns)} in it (--file names another)")
+    return [found]
+
+
+def part_of(where: Path | str, split: str) -> Literal["train", "val", "test"]:
+    """The part that a split's name begins with: train2014, validation and dev, testA.
+
+    Raises:
+        ValueError: it begins with none; says where.
+    """
     named = re.match("|".join(_PARTS), split)
     if named is None:
-        raise ValueError(f"{folder}: split {split!r}; expected a name that begins with {', '.join(_PARTS)}")
+        raise ValueError(f"{where}: split {split!r}; expected a name that begins with {', '.join(_PARTS)}")
     return _PARTS[named[0]]

@@ -63,12 +63,13 @@ def read(
                 if (found := images.find(f"{path.name} describes it", name)) is not None:
                     yield _record(str(path), described, found), found.image
         for path in archives:
-            for where, document, image in _members(path):
-                with entry():
-                    described = checked(Entry, where, document)
-                    name = f"{described.key}.jpg"
-                    if (found := images.take(f"{path.name} describes it", name, path / name, image)) is not None:
-                        yield _record(where, described, found), found.image
+            with entry():
+                for where, document, image in _members(path):
+                    with entry():
+                        described = checked(Entry, where, document)
+                        name = f"{described.key}.jpg"
+                        if (found := images.take(f"{path.name} describes it", name, path / name, image)) is not None:
+                            yield _record(where, described, found), found.image
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes, bytes | None]]:
@@ -81,6 +82,9 @@ def _members(path: Path) -> Iterator[tuple[str, bytes, bytes | None]]:
                     with entry():
                         image = files.get(name.with_suffix(".jpg"))
                         yield f"{path}/{name}", _bytes(archive, member), _bytes(archive, image) if image else None
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # what ends a tar file
+                raise ValueError(f"{path}: the tar file ends early, after {len(files)} files")
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not readable as a tar file: {error}") from None
 

@@ -16,12 +16,13 @@ schema`` prints all fields.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
-from xvlm.data.readers.entries import Four, entry, load_lines, part_of
+from xvlm.data.readers.entries import Four, decoded_64, entry, files_of, load_lines, part_of
 from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, identifier, known_as, record
 
 
@@ -50,7 +51,7 @@ class Line(BaseModel):
 
     id: str = ""
     image: str = ""
-    image_base64: Base64Bytes = b""
+    image_base64: str = ""
     width: int | None = None
     height: int | None = None
     regions: list[Thing] = []
@@ -82,21 +83,20 @@ def read(
         ValueError: a line that is no record; names the file, the line, the field and what was found.
     """
     part = part_of(folder, split)
-    path = file or folder / f"{split}.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    paths = files_of(folder, files, f"{split}.jsonl")
     source = folder.resolve().name
     with Photographs(
         folder, ".", "images", f"images/{split}", split, at=images_at, allow_missing=allow_missing
     ) as images:
-        for where, line in load_lines(Line, path):
+        for where, line in chain.from_iterable(load_lines(Line, path) for path in paths):
             with entry():
                 if bool(line.image) == bool(line.image_base64) or not (line.image or line.id):
                     raise ValueError(f"{where}: expected the path of an image in image, or image_base64 and an id")
                 if line.image:
                     found = images.find(f"{where} lists it", line.image)
                 else:
-                    found = images.take(f"{where} has it", line.id, Path(where), line.image_base64)
+                    image = decoded_64(f"{where}: image_base64", line.image_base64)
+                    found = images.take(f"{where} has it", line.id, Path(where), image)
                 if found is None:
                     continue
                 if line.width is not None and line.height is not None:

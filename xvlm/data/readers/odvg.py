@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.entries import Four, entry, load, load_lines, numbered, only, part_of
+from xvlm.data.readers.entries import Four, entry, files_of, load, load_lines, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
@@ -59,8 +59,16 @@ class Line(BaseModel):
     detection: Detection | None = None
 
 
+Said = tuple[str, Line, dict[str, str]]  # what a line is called in messages, the line, the labels of its file
+
+
 def read(
-    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per photograph, with all that its lines say.
 
@@ -71,6 +79,7 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: a name in the file's name that begins with train, val, dev or test.
+        files: of the annotations, where it is not the one of this split in the folder.
         images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
@@ -80,14 +89,12 @@ def read(
     """
     part = part_of(folder, split)
     names = (f"{split}.jsonl", f"{split}.json", f"*{split}*.jsonl", f"*{split}*_vg.json", f"*{split}*_od*.json")
-    path = only(folder, *names, *(f"annotations/{name}" for name in names))
-    if path is None:
-        raise FileNotFoundError(f"{folder}: none of {', '.join(names)}, in it or in annotations/ of it")
-    labels_at = only(path.parent, "*label_map*.json") or only(folder, "*label_map*.json")
-    labels = load(dict[str, str], labels_at) if labels_at else {}
-    lines_of: dict[str, list[tuple[str, Line]]] = {}
-    for where, line in load_lines(Line, path):
-        lines_of.setdefault(line.filename, []).append((where, line))
+    lines_of: dict[str, list[Said]] = {}
+    for path in files_of(folder, files, *names, *(f"annotations/{name}" for name in names)):
+        labels_at = only(path.parent, "*label_map*.json") or only(folder, "*label_map*.json")
+        labels = load(dict[str, str], labels_at) if labels_at else {}
+        for where, line in load_lines(Line, path):
+            lines_of.setdefault(line.filename, []).append((where, line, labels))
     source = folder.resolve().name
     with Photographs(
         folder, split, f"images/{split}", "images", ".", at=images_at, allow_missing=allow_missing
@@ -96,19 +103,19 @@ def read(
             with entry():
                 found = images.find(f"{lines[0][0]} lists it", name)
                 if found is not None:
-                    yield _record(name, lines, labels, found, {"source": source, "split": part}), found.image
+                    yield _record(name, lines, found, {"source": source, "split": part}), found.image
 
 
-def _record(
-    name: str, lines: list[tuple[str, Line]], labels: dict[str, str], found: Found, of: dict[str, str]
-) -> Record:
+def _record(name: str, lines: list[Said], found: Found, of: dict[str, str]) -> Record:
     captions: list[str] = []
     regions: list[Region] = []
     phrases: list[Phrase] = []
     objects: list[Object] = []
-    for where, line in lines:
+    for where, line, labels in lines:
         with entry():
             found.check_size(line.width, line.height)
+            if line.grounding is None and line.detection is None:
+                raise ValueError(f"{where}: neither grounding nor detection")
             if line.grounding is not None:
                 for one_at, one in numbered(f"{where}: grounding.regions.", line.grounding.regions):
                     with entry(one_at):

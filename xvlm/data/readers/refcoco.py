@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.coco import Instance, InstanceFile, Photograph, mask_of, united
+from xvlm.data.readers.coco import Instance, InstanceFile, Photograph, outline_of, united
 from xvlm.data.readers.entries import by_id, checked, entry, load, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
@@ -170,7 +170,7 @@ def _expressions(
 ) -> list[Expression]:
     size = (photograph.width, photograph.height)
     boxes = [nearly_inside(where, corners(target.bbox), *size) for target in targets]
-    outlines = [mask_of(instances_at, target, photograph) for target in targets] if masks else []
+    outlines = [outline_of(instances_at, target, photograph) for target in targets] if masks else []
     mask = united([one.model_dump() for one in outlines if one], (photograph.height, photograph.width))
     return [
         Expression(

@@ -10,14 +10,12 @@ A line has the image in ``binary`` (base64 of the file) or its path in ``image_r
 ``xywh`` in pixels. The folder's name becomes the records' source.
 """
 
-import binascii
-from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.entries import Four, entry, load_lines, numbered, only, part_of
+from xvlm.data.readers.entries import Four, decoded_64, entry, files_of, load_lines, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Photographs,
@@ -49,16 +47,22 @@ class Line(BaseModel):
 
 
 def read(
-    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per line, with the file's name and the line's number as id.
 
     An element with attributes and one caption becomes an object, any other a region. Boxes are cut off at the border of
-    the image; elements without area in it are left out.
+    the image; elements without area in it are left out, and empty captions of the image.
 
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
+        files: of the annotations, where it is not the one of this split in the folder.
         images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
@@ -69,12 +73,14 @@ def read(
     part = part_of(folder, split)
     source = folder.resolve().name
     with Photographs(folder, ".", "images", at=images_at, allow_missing=allow_missing) as images:
-        for path in _files(folder, split):
+        for path in _files(folder, split, files):
             for number, (where, line) in enumerate(load_lines(Line, path), 1):
                 with entry():
                     name = line.image_rpath or line.image
                     if line.binary:
-                        found = images.take(f"{where} has it", where, Path(where), _decoded(where, line.binary))
+                        found = images.take(
+                            f"{where} has it", where, Path(where), decoded_64(f"{where}: binary", line.binary)
+                        )
                     elif name:
                         found = images.find(f"{where} lists it", name)
                     else:
@@ -112,21 +118,12 @@ def read(
                     yield made, found.image
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    path = only(folder, f"{split}.jsonl", f"{split}.json")
-    if path is not None:
-        return [path]
-    parts = [path for path in sorted((folder / split).glob("*")) if path.is_file() and path.name[0] not in "._"]
-    if not parts:
-        raise FileNotFoundError(f"{folder}: neither {split}.jsonl, {split}.json nor files in {split}/")
-    return parts
-
-
-def _decoded(where: str, binary: str) -> bytes:
-    try:
-        return b64decode(binary, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"{where}: binary: not base64: {error} (found {binary[:40]!r} …)") from None
+def _files(folder: Path, split: str, files: Sequence[Path]) -> Sequence[Path]:
+    names = (f"{split}.jsonl", f"{split}.json")
+    parts = [path for path in sorted((folder / split).glob("[!._]*")) if path.is_file()]
+    if parts and not files and only(folder, *names) is None:
+        return parts
+    return files_of(folder, files, *names, f"{split}/*")
 
 
 def _texts(given: Texts) -> list[str]:
