@@ -1,6 +1,8 @@
 """What readers have in common: their call, their errors, and what they share to find photographs and cut boxes."""
 
 import inspect
+import json
+import re
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -171,6 +173,40 @@ def test_ids_are_made_of_paths():
     assert photographs.identifier("val2014/a.b.jpg") == "val2014_a_b"
     assert photographs.identifier("/data/../x.jpg") == "data_x"
     assert photographs.identifier("plain") == "plain"
+    assert photographs.identifier("v1.2/plain") == "v1_2_plain"
+    assert photographs.identifier("http://host:8765/a") == "http_host_8765_a"
+    assert photographs.identifier("https://x.com/img?id=1") == "https_x_com_img_id=1"
+
+
+@pytest.mark.parametrize(
+    ("reader", "file", "content"),
+    [
+        ("csv_table", "train.csv", "image,text\na.jpg,one\na.png,two\n./a.jpg,three\n"),
+        (
+            "coco_json",
+            "train.json",
+            {
+                "images": [{"id": i, "file_name": name} for i, name in enumerate(["a.jpg", "a.png", "./a.jpg"])],
+                "annotations": [{"image_id": i, "caption": text} for i, text in enumerate(["one", "two", "three"])],
+            },
+        ),
+        (
+            "albef_json",
+            "train.json",
+            [
+                {"image": name, "caption": text}
+                for name, text in [("a.jpg", "one"), ("a.png", "two"), ("./a.jpg", "three")]
+            ],
+        ),
+    ],
+)
+def test_images_that_differ_in_little_have_different_ids_and_the_same_image_one(tmp_path, reader, file, content):
+    place(tmp_path, "a.jpg", "a.png")
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    first, second = (record for record, _ in import_module(f"xvlm.data.readers.{reader}").read(tmp_path, "train"))
+    assert (first.id, first.captions) == ("a", ["one", "three"])
+    assert re.fullmatch(r"a_[0-9a-f]{8}", second.id)
+    assert second.captions == ["two"]
 
 
 edge = st.floats(-50, 150)

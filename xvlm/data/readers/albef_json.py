@@ -29,10 +29,10 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
-    identifier,
     known_as,
     nearly_inside,
     record,
+    tidy,
 )
 from xvlm.data.readers.vqa import shares
 from xvlm.data.records import Expression, Question, Record, Statement
@@ -89,7 +89,8 @@ def read(
             with entry():
                 if bool(row.image) == (len(row.images) == 2):
                     raise ValueError(f"{where}: expected the path of one image, or of two in images")
-                for name in (row.image,) if row.image else reversed(row.images):
+                row.images = [tidy(name) for name in row.images]
+                for name in (tidy(row.image),) if row.image else reversed(row.images):
                     rows = rows_of.setdefault(name, [])
                     listed_by.setdefault(name, where)
                 rows.append((where, row))
@@ -99,12 +100,13 @@ def read(
             with entry():
                 found = images.find(f"{listed_by[name]} lists it", name)
                 if found is not None:
-                    complete = [(where, row) for where, row in rows if all(images.locate(one) for one in row.images)]
-                    of = {"source": source, "split": part}
-                    yield _record(listed_by[name], name, complete, found, of), found.image
+                    of = {"id": images.id_of(name), "source": source, "split": part}
+                    yield _record(listed_by[name], name, rows, images, found, of), found.image
 
 
-def _record(where: str, name: str, rows: list[tuple[str, Row]], found: Found, of: dict[str, str]) -> Record:
+def _record(
+    where: str, name: str, rows: list[tuple[str, Row]], images: Photographs, found: Found, of: dict[str, str]
+) -> Record:
     captions: list[str] = []
     questions: list[Question] = []
     statements: list[Statement] = []
@@ -124,8 +126,9 @@ def _record(where: str, name: str, rows: list[tuple[str, Row]], found: Found, of
             elif row.images:
                 if not row.sentence or row.label is None:
                     raise ValueError(f"{where_said}: two images, but no sentence or no label")
-                other = identifier(row.images[1])
-                statements.append(Statement(text=row.sentence, other=other, label=row.label == "True"))
+                if images.locate(row.images[1]):
+                    other = images.id_of(row.images[1])
+                    statements.append(Statement(text=row.sentence, other=other, label=row.label == "True"))
             elif row.text and row.bbox is None:
                 captions.append(row.text)
             elif row.text:
@@ -136,7 +139,6 @@ def _record(where: str, name: str, rows: list[tuple[str, Row]], found: Found, of
     return record(
         where,
         found,
-        id=identifier(name),
         captions=captions,
         questions=questions,
         statements=statements,

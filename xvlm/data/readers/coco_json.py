@@ -31,10 +31,10 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
-    identifier,
     known_as,
     nearly_inside,
     record,
+    tidy,
 )
 from xvlm.data.records import Object, Record, Region
 
@@ -113,7 +113,7 @@ def read(
     listed_of: dict[str, list[Listed]] = defaultdict(list)
     for path in files_of(folder, files, *names):
         for listed in _listed(path):
-            listed_of[listed.picture.file_name].append(listed)
+            listed_of[tidy(listed.picture.file_name)].append(listed)
     source = folder.resolve().name
     places, outlines = (f"images/{split}", split, "images", "."), 0
     with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
@@ -126,7 +126,10 @@ def read(
                     if picture.width is not None and picture.height is not None:
                         found.check_size(picture.width, picture.height)
                 outlines += sum(bool(annotation.segmentation) for one in listed for _, annotation in one.said)
-                yield _record(listed, found, masks, {"source": source, "split": part}), found.image
+                yield (
+                    _record(listed, found, masks, {"id": images.id_of(file_name), "source": source, "split": part}),
+                    found.image,
+                )
     if outlines and not masks:
         logger.warning("%s: %d outlines were left out (masks keeps them)", folder, outlines)
 
@@ -177,7 +180,6 @@ def _record(listed: list[Listed], found: Found, masks: bool, of: dict[str, str])
     return record(
         listed[0].where,
         found,
-        id=identifier(picture.file_name),
         captions=captions,
         regions=regions,
         objects=objects,

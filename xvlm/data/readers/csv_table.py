@@ -33,10 +33,10 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     corners,
-    identifier,
     known_as,
     nearly_inside,
     record,
+    tidy,
 )
 from xvlm.data.records import Box, Object, Record, Region
 
@@ -77,14 +77,16 @@ def read(
     part = part_of(folder, split)
     rows_of = _rows(files_of(folder, files, f"{split}.csv"), split)
     source = folder.resolve().name
-    with Photographs(
-        folder, ".", "images", f"images/{split}", split, at=images_at, allow_missing=allow_missing
-    ) as images:
+    places = (".", "images", f"images/{split}", split)
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():
             with entry():
                 found = images.find(f"{rows[0][0]} lists it", name)
                 if found is not None:
-                    yield _record(name, rows, found, {"source": source, "split": part}), found.image
+                    yield (
+                        _record(name, rows, found, {"id": images.id_of(name), "source": source, "split": part}),
+                        found.image,
+                    )
 
 
 def _rows(paths: Sequence[Path], split: str) -> dict[str, list[Said]]:
@@ -96,7 +98,7 @@ def _rows(paths: Sequence[Path], split: str) -> dict[str, list[Said]]:
         columns = _box_columns(path, heading)
         for where, row in rows:
             with entry():
-                name, named = row["image"], row.get("split", split)
+                name, named = tidy(row["image"]), row.get("split", split)
                 if not name:
                     raise ValueError(f"{where}: image is empty")
                 part_of(where, named)
@@ -162,7 +164,6 @@ def _record(name: str, rows: list[Said], found: Found, of: dict[str, str]) -> Re
     return record(
         rows[0][0],
         found,
-        id=identifier(name),
         captions=list(dict.fromkeys(captions)),
         regions=regions,
         objects=objects,

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from xvlm.data.readers.entries import Four, decoded_64, entry, files_of, load_lines, part_of
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, identifier, known_as, record
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, known_as, record, tidy
 
 
 class Thing(BaseModel):
@@ -85,9 +85,8 @@ def read(
     part = part_of(folder, split)
     paths = files_of(folder, files, f"{split}.jsonl")
     source = folder.resolve().name
-    with Photographs(
-        folder, ".", "images", f"images/{split}", split, at=images_at, allow_missing=allow_missing
-    ) as images:
+    places = (".", "images", f"images/{split}", split)
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for where, line in chain.from_iterable(load_lines(Line, path) for path in paths):
             with entry():
                 if bool(line.image) == bool(line.image_base64) or not (line.image or line.id):
@@ -106,7 +105,7 @@ def read(
                     for kind in ("regions", "objects", "expressions")
                 }
                 ours = {
-                    "id": line.id or identifier(line.image),
+                    "id": line.id or images.id_of(tidy(line.image)),
                     "source": source,
                     "split": part,
                     "original_id": line.image,

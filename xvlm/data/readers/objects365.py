@@ -46,9 +46,8 @@ def read(
     file = load(InstanceFile, path)
     photographs, labels = by_id(f"{path}: images.", file.images), labels_of(path, file)
     instances = instances_of(path, file, photographs, labels)
-    with Photographs(
-        folder, f"images/{split}", split, "images", ".", at=images_at, allow_missing=allow_missing
-    ) as images:
+    places = (f"images/{split}", split, "images", ".")
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for photograph in photographs.values():
             with entry():
                 if photograph.id not in instances:

@@ -22,10 +22,10 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     around,
-    identifier,
     inside,
     known_as,
     record,
+    tidy,
 )
 from xvlm.data.records import Box, Object, Phrase, Record, Region
 
@@ -94,16 +94,18 @@ def read(
         labels_at = only(path.parent, "*label_map*.json") or only(folder, "*label_map*.json")
         labels = load(dict[str, str], labels_at) if labels_at else {}
         for where, line in load_lines(Line, path):
-            lines_of.setdefault(line.filename, []).append((where, line, labels))
+            lines_of.setdefault(tidy(line.filename), []).append((where, line, labels))
     source = folder.resolve().name
-    with Photographs(
-        folder, split, f"images/{split}", "images", ".", at=images_at, allow_missing=allow_missing
-    ) as images:
+    places = (split, f"images/{split}", "images", ".")
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for name, lines in lines_of.items():
             with entry():
                 found = images.find(f"{lines[0][0]} lists it", name)
                 if found is not None:
-                    yield _record(name, lines, found, {"source": source, "split": part}), found.image
+                    yield (
+                        _record(name, lines, found, {"id": images.id_of(name), "source": source, "split": part}),
+                        found.image,
+                    )
 
 
 def _record(name: str, lines: list[Said], found: Found, of: dict[str, str]) -> Record:
@@ -135,7 +137,6 @@ def _record(name: str, lines: list[Said], found: Found, of: dict[str, str]) -> R
     return record(
         lines[0][0],
         found,
-        id=identifier(name),
         captions=captions,
         regions=regions,
         phrases=phrases,

@@ -7,8 +7,10 @@ can go on behind what is wrong.
 """
 
 import logging
+import posixpath
 import re
 from collections.abc import Sequence
+from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,7 @@ SECONDS = 30.0  # that a server may be silent
 
 logger = logging.getLogger(__name__)
 
+_SUFFIX = re.compile(r"(?<=[^/])\.[^/.?]*$")
 _COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)(?:_\d+)?\.")
 _FLICKR_URL = re.compile(r"static\.?flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
 
@@ -75,6 +78,7 @@ class Photographs:
             raise FileNotFoundError(f"{folder}: no photographs; expected in it a folder {', '.join(places)}")
         self.allow_missing = allow_missing
         self.absent: list[str] = []
+        self.names: dict[str, str] = {}  # of the image that has an id
         self.asked = 0
 
     def __enter__(self) -> "Photographs":
@@ -111,6 +115,13 @@ class Photographs:
     def locate(self, *names: str) -> Path | None:
         """Where the photograph is that has one of these names; None: nowhere."""
         return next((path for place in self.places for name in names if _is_file(path := place / name)), None)
+
+    def id_of(self, name: str) -> str:
+        """An id for the image of this name: :func:`identifier`, with a digest behind it where another one has that."""
+        plain = identifier(name)
+        if self.names.setdefault(plain, name) == name:
+            return plain
+        return f"{plain}_{sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
     def take(self, listed: str, name: str, path: Path | str, image: bytes | None) -> Found | None:
         """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
@@ -160,8 +171,13 @@ def record(where: str, found: Found, **said: Any) -> Record:
 
 
 def identifier(name: str) -> str:
-    """An id out of a path: ``val2014/a.b.jpg`` is ``val2014_a_b``."""
-    return re.sub(r"[/\\.]+", "_", name.rpartition(".")[0] or name).strip("_")
+    """An id out of a path or URL, without its suffix: ``val2014/a.b.jpg`` is ``val2014_a_b``."""
+    return re.sub(r'[/\\.:?*"<>|]+', "_", _SUFFIX.sub("", name)).strip("_")
+
+
+def tidy(name: str) -> str:
+    """A path as the one of all that lead to the same image (``./a.jpg`` is ``a.jpg``); a URL as it is."""
+    return name if "://" in name or not name else posixpath.normpath(name)
 
 
 def known_as(*names: str) -> dict[str, str]:
