@@ -128,9 +128,11 @@ def test_several_problems_of_one_record_are_all_found():
 def test_masks_and_spans():
     record = document()
     record["objects"][0]["mask"] = {"size": [WIDTH, HEIGHT], "counts": "x"}
+    record["objects"][1]["mask"] = {"size": [HEIGHT, WIDTH], "counts": "x"}
     record["phrases"] += [{"caption": 0, "start": 5, "end": 99}, {"caption": 1, "start": 0, "end": 2}]
     assert found(record) == [
         ("mask-size", "objects.0.mask.size"),
+        ("mask-size", "objects.1.mask.counts"),
         ("span-outside", "phrases.1"),
         ("span-outside", "phrases.2"),
     ]

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import threading
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
@@ -19,7 +20,8 @@ from photographs import jpeg, place
 from xvlm.data import readers
 from xvlm.data.pack import OF_FILES, CorpusConfig, Reader, read
 from xvlm.data.readers import photographs
-from xvlm.data.readers.photographs import Photographs
+from xvlm.data.readers.photographs import Found, Photographs
+from xvlm.data.records import unchecked
 
 NAMES = [name for name in get_args(Reader) if name != "scenes"]
 each_reader = pytest.mark.parametrize("reader", [import_module(f"xvlm.data.readers.{name}") for name in NAMES])
@@ -210,12 +212,13 @@ def test_images_that_differ_in_little_have_different_ids_and_the_same_image_one(
 
 
 edge = st.floats(-50, 150)
+FOUND = Found("the list has it", Path("a.jpg"), b"", 100, 80, Counter())
 
 
 @settings(deadline=None)
 @given(st.tuples(edge, edge, edge, edge))
 def test_what_is_cut_off_lies_in_the_image_and_in_the_box(box):
-    cut = photographs.inside(box, 100, 80)
+    cut = FOUND.inside(box)
     x0, y0, x1, y1 = box
     if cut is None:
         assert min(x1, 100) <= max(x0, 0) or min(y1, 80) <= max(y0, 0)
@@ -226,12 +229,32 @@ def test_what_is_cut_off_lies_in_the_image_and_in_the_box(box):
 
 
 def test_a_box_may_leave_the_image_by_a_little():
-    assert photographs.nearly_inside("a", (-2.0, 0.0, 10.0, 81.6), 100, 80) == (0, 0, 10, 80)
+    assert FOUND.nearly_inside("a", (-2.0, 0.0, 10.0, 81.6)) == (0, 0, 10, 80)
     for box in [(-2.1, 0.0, 9.0, 9.0), (0.0, 0.0, 9.0, 81.7), (60.0, 20.0, 150.0, 70.0), (101.0, 0.0, 102.0, 9.0)]:
         with pytest.raises(
             ValueError, match=r"line 3: box \(.*\) as left, top.* inside the 100x80 image or out of it by 2%"
         ):
-            photographs.nearly_inside("line 3", box, 100, 80)
+            FOUND.nearly_inside("line 3", box)
     for box in [(5.0, 5.0, 5.0, 9.0), (9.0, 5.0, 5.0, 9.0), (float("nan"), 0.0, 5.0, 9.0)]:
         with pytest.raises(ValueError, match="expected one with an area"):
-            photographs.nearly_inside("line 3", box, 100, 80)
+            FOUND.nearly_inside("line 3", box)
+
+
+def test_boxes_that_are_cut_off_or_left_out_are_counted_and_logged(tmp_path, caplog):
+    place(tmp_path, "a/1.jpg", "a/2.jpg")
+    with Photographs(tmp_path, "a") as images:
+        first, second = (images.find("it", f"{i}.jpg") for i in (1, 2))
+        assert first.inside((50.0, 50.0, 2000.0, 60.0)) == (50, 50, 100, 60)
+        assert second.inside((-1.0, 0.0, 10.0, 10.0)) == first.inside((-0.9, 0.0, 10.0, 10.0)) == (0, 0, 10, 10)
+        assert first.inside((100.0, 0.0, 120.0, 10.0)) is None
+    assert "cut off at the border of their image, by a pixel or more: 2 (xvlm" in caplog.text
+    assert "left out, without area in their image: 1 (xvlm" in caplog.text
+
+
+def test_shares_of_the_size_are_no_pixels():
+    with pytest.raises(ValueError, match=r"line 3: box \(0\.1, 0\.2, 0\.3, 0\.4\) .* these look like shares of it"):
+        FOUND.nearly_inside("line 3", (0.1, 0.2, 0.3, 0.4))
+    small = FOUND._replace(width=8, height=8)
+    assert small.nearly_inside("line 3", (0.0, 0.0, 1.0, 1.0)) == (0, 0, 1, 1)
+    with unchecked():
+        assert FOUND.nearly_inside("line 3", (0.1, 0.2, 0.3, 0.4)) == (0.1, 0.2, 0.3, 0.4)

@@ -9,6 +9,7 @@ import pytest
 from photographs import jpeg, real
 
 from xvlm.data.readers import flickr30k_entities
+from xvlm.data.readers.entries import listing
 from xvlm.data.records import Phrase, Region
 
 XML = """<annotation>
@@ -160,6 +161,38 @@ def test_entities_that_are_malformed(entities, file, old, new, message):
     text = new if old is None else path.read_text().replace(old, new)
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        list(flickr30k_entities.read(entities, "test"))
+
+
+def test_what_is_wrong_with_a_photograph_hides_nothing_else_of_it(entities):
+    for file, old, new in (
+        ("Annotations/36979.xml", "<xmin>251", "<xmin>x"),
+        ("Sentences/36979.txt", "Nothing is marked", "[/EN#1 Nothing] is marked"),
+    ):
+        path = entities / file
+        path.write_text(path.read_text().replace(old, new))
+    errors = []
+    with listing(errors):
+        ((record, _),) = flickr30k_entities.read(entities, "test")
+    assert [str(error).partition("36979.")[2][:10] for error in errors] == ["xml object", "txt line 3"]
+    assert len(record.captions) == 4
+    assert record.regions[0].box_xyxy == (0, 0, 50, 50)
+
+
+def test_files_that_are_damaged_or_not_in_utf8(entities):
+    (entities / "Sentences/36979.txt").write_bytes(b"a man\na caf\xe9\n")
+    with pytest.raises(ValueError, match=r"36979\.txt line 2: expected UTF-8, found the byte 0xe9"):
+        list(flickr30k_entities.read(entities, "test"))
+    with zipfile.ZipFile(entities / "annotations.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("Annotations/36979.xml", XML)
+    shutil.rmtree(entities / "Annotations")
+    content = bytearray((entities / "annotations.zip").read_bytes())
+    content[60:90] = bytes(30)
+    (entities / "annotations.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"annotations\.zip/Annotations/36979\.xml: cannot be unpacked: "):
+        list(flickr30k_entities.read(entities, "test"))
+    (entities / "test.txt").write_bytes(b"36979_0a1b\n\xff\n")
+    with pytest.raises(ValueError, match=r"test\.txt line 2: expected UTF-8, found the byte 0xff"):
         list(flickr30k_entities.read(entities, "test"))
 
 

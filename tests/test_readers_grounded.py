@@ -9,6 +9,7 @@ import pytest
 from photographs import jpeg, place
 
 from xvlm.data.readers import grit, odvg
+from xvlm.data.readers.entries import listing
 from xvlm.data.records import Object, Phrase, Region
 
 CAPTION = "Two surfers walking down the shore. sand on the beach."
@@ -192,3 +193,16 @@ def test_grit_that_is_broken_or_hostile(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:1700])
     with pytest.raises(ValueError, match=r"0\.tar: not readable as a tar file"):
         list(grit.read(tmp_path, "train"))
+
+
+def test_a_tar_that_was_cut_between_its_files_is_named_and_the_next_is_checked(tmp_path):
+    members = {"0.json": json.dumps(ENTRY).encode(), "0.jpg": jpeg(200, 100)}
+    for name, key in (("0.tar", "a"), ("1.tar", "b")):
+        archive(tmp_path / name, members | {"0.json": json.dumps(ENTRY | {"key": key}).encode()})
+    whole = (tmp_path / "0.tar").read_bytes()
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        (tmp_path / "0.tar").write_bytes(whole[: tar.getmember("0.jpg").offset])
+    errors = []
+    with listing(errors):
+        assert [record.id for record, _ in grit.read(tmp_path, "train", allow_missing=True)] == ["b"]
+    assert [str(error) for error in errors] == [f"{tmp_path / '0.tar'}: the tar file ends early, after 1 files"]

@@ -286,6 +286,14 @@ def test_json_lines_are_records_with_either_box(tmp_path):
             r"train\.jsonl line 1: caption: records have no such field \(xvlm data",
         ),
         ({"image": "a.jpg", "width": 80, "height": 100}, "the image is 100x80, its boxes are in pixels of 80x100"),
+        (
+            {
+                "image": "a.jpg",
+                "objects": [{"box_xywh": [0, 0, 9, 9], "label": "a", "mask": {"size": [9, 9], "counts": "5"}}],
+            },
+            r"line 1: objects\.0\.mask: expected run lengths of all pixels of \(9, 9\), found counts '5'",
+        ),
+        ({"image_base64": "!!", "id": "a"}, r"line 1: image_base64: not base64: .*\(found '!!' …\)"),
         ({"image": "a.jpg", "objects": [{"box_xywh": [0, 0, 9, 9]}]}, r"line 1: objects\.0\.label: Field required"),
         ({"image": "a.jpg", "objects": [{"box": [0, 0, 9, 9], "label": "a"}]}, r"line 1: objects\.0\.box_xyxy: Field"),
         (
@@ -295,6 +303,10 @@ def test_json_lines_are_records_with_either_box(tmp_path):
         (
             {"image": "a.jpg", "objects": [{"box_xywh": [99, 0, 9, 9], "label": "a"}]},
             r"objects\.0: box \(99, 0, 108, 9\)",
+        ),
+        (
+            {"image": "a.jpg", "objects": [{"box_xyxy": [0.1, 0.2, 0.9, 1], "label": "a"}]},
+            r"line 1: objects\.0: box \(0\.1, 0\.2, 0\.9, 1\) as left.* look like shares",
         ),
     ],
 )
@@ -385,3 +397,29 @@ def test_a_row_that_is_wrong_hides_no_other_row_of_its_image_from_a_check(tmp_pa
         [(record, _)] = csv_table.read(tmp_path, "train")
     assert [str(error).partition("train.csv ")[2][:6] for error in errors] == ["line 2", "line 3"]
     assert record.captions == ["c"] and not record.regions
+
+
+def test_a_check_reads_on_behind_lines_of_a_table_that_are_no_text(tmp_path):
+    place(tmp_path, "a.jpg")
+    content = b'image,text\na.jpg,gr\xf6\xdfer\na.jpg,"x" y\na.jpg,"two\nlines"\nb.jpg,c\na.jpg,d\n'
+    (tmp_path / "train.csv").write_bytes(content)
+    errors = []
+    with listing(errors):
+        [(record, _)] = csv_table.read(tmp_path, "train")
+    assert [str(error).partition("train.csv ")[2][:20] for error in errors] == [
+        "line 2: expected UTF",
+        "line 3: not readable",
+        "line 6 lists it (all",
+    ]
+    assert record.captions == ["two\nlines", "d"]
+    (tmp_path / "train.csv").write_bytes("image,text\na.jpg,x\n".encode("utf-16"))
+    with listing([]), pytest.raises(ValueError, match="line 1: expected UTF-8, found the byte 0xff"):
+        list(csv_table.read(tmp_path, "train"))
+
+
+def test_images_that_are_none_are_named_with_who_lists_them(tmp_path):
+    place(tmp_path, "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    (tmp_path / "train.csv").write_text("image,text\na.jpg,x\nb.jpg,y\n")
+    with pytest.raises(ValueError, match=r"b\.jpg: image cannot be decoded: .* \(.*train\.csv line 3 lists it\)"):
+        list(csv_table.read(tmp_path, "train"))

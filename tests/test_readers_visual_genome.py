@@ -108,3 +108,15 @@ def test_what_is_wrong_is_named(tmp_path, caplog):
     write(tmp_path, {"objects": [{"image_id": 1, "objects": [CLOCK | {"x": "left"}]}]})
     with pytest.raises(ValueError, match=r"objects\.json: 0\.objects\.0\.x: .* \(found 'left'\)"):
         list(visual_genome.read(tmp_path, "train"))
+
+
+def test_nothing_is_lost_to_an_id_that_occurs_twice_or_an_image_that_is_not_listed(tmp_path, caplog):
+    place(tmp_path, "images/1.jpg", "images/2.jpg")
+    objects = [CLOCK, TREE | {"object_id": CLOCK["object_id"]}]
+    write(tmp_path, {"objects": [{"image_id": 1, "objects": objects}, {"image_id": 7, "objects": [CLOCK]}]})
+    (first, _), _ = visual_genome.read(tmp_path, "train")
+    assert [thing.label for thing in first.objects] == ["clock", "trees"]
+    assert "image_data.json does not list 1 images that have annotations: 7" in caplog.text
+    write(tmp_path, {"objects": [{"image_id": 1, "objects": [CLOCK]}, {"image_id": 1, "objects": [TREE]}]})
+    with pytest.raises(ValueError, match=r"objects\.json: 1: image_id 1 is that of another entry before it"):
+        list(visual_genome.read(tmp_path, "train"))

@@ -139,6 +139,8 @@ def test_rows_that_are_wrong(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             read(tmp_path, row)
+    with pytest.raises(FileNotFoundError, match=r"gone\.png: no such photograph, .*train\.json: row 0 lists it"):
+        read(tmp_path, {"images": ["l.png", "gone.png"], "sentence": "a", "label": "True"})
     (tmp_path / "nlvr_train.json").touch()
     with pytest.raises(ValueError, match=r"one file \*_train\.json, found nlvr_train\.json, vqa_train\.json"):
         list(albef_json.read(tmp_path, "train"))

@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from xvlm.__main__ import app
-from xvlm.data.records import Expression, Record
+from xvlm.data.records import Expression, Record, is_mask
 
 PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text(encoding="utf-8")
 LEAST = {"id": "1", "source": "made", "width": 100, "height": 80}
@@ -55,3 +59,16 @@ def test_the_command_prints_a_schema_that_says_what_fields_are():
 @pytest.mark.parametrize("field", sorted(Record.model_fields))
 def test_the_page_names_every_field(field):
     assert f"`{field}`" in PAGE
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32), st.sampled_from([0, 0.02, 0.5, 1]))
+def test_a_mask_is_known_by_its_run_lengths(height, width, seed, share):
+    pixels = np.random.default_rng(seed).random((height, width)) < share
+    counts = coco_mask.encode(np.asfortranarray(pixels, dtype=np.uint8))["counts"].decode()
+    changes = np.flatnonzero(np.diff(np.r_[0, pixels.ravel("F")]))  # where a run ends, down the columns
+    lengths = np.diff(np.r_[0, changes, pixels.size]).tolist()
+    assert is_mask((height, width), counts) and is_mask((height, width), lengths)
+    assert not is_mask((height, width + 1), counts)
+    for other in ("", "~", "\x00", "é", "PPPPPPPPPPPP", counts[:-1] + "~", [*lengths[:-1], -1], [-1, pixels.size + 1]):
+        assert not is_mask((height, width), other)

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from xvlm.data.images import JPEG, decode_image, encode_like, plain
-from xvlm.data.records import Record, unchecked
+from xvlm.data.records import Record, is_mask, unchecked
 
 KINDS = {
     "shard": "a shard that is missing, changed, or ends early",
@@ -38,7 +38,7 @@ KINDS = {
     "box-looks-xywh": "a width and height where right and bottom should be",
     "box-looks-xyxy": "right and bottom were taken for a width and height",
     "box-looks-relative": "between 0 and 1, where pixels should be",
-    "mask-size": "a mask of another size than the image",
+    "mask-size": "a mask of another size than the image, or run lengths that do not fill it",
     "span-outside": "a phrase that is not in its caption",
     "text-empty": "no words",
     "text-long": "more words than a model reads",
@@ -112,7 +112,7 @@ def problems_of(item: Item, max_words: int) -> tuple[list[Problem], Image.Image 
         elif name in TEXTS and isinstance(value, str):
             found += _text(place, value, max_words, item.document)
         elif name == "mask" and isinstance(value, dict) and "size" in value:
-            found += _mask(place, value["size"], _size(item.document))
+            found += _mask(place, value, _size(item.document))
     found += _spans(item.document)
     found += _schema(item, {problem.place for problem in found})
     return [replace(problem, where=item.where, record=item.record) for problem in found], picture
@@ -236,9 +236,16 @@ def _inside(box: Any, size: tuple[int, int]) -> bool:
     return 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
 
 
-def _mask(place: Place, mask: Any, size: tuple[int, int] | None) -> Iterator[Problem]:
-    if size is not None and mask != [size[1], size[0]]:
-        yield Problem("mask-size", (*place, "size"), f"expected height, width of the image, {size[1]}, {size[0]}", mask)
+def _mask(place: Place, mask: dict[str, Any], size: tuple[int, int] | None) -> Iterator[Problem]:
+    if size is None:
+        return
+    counts = mask.get("counts")
+    if mask["size"] != [size[1], size[0]]:
+        message = f"expected height, width of the image, {size[1]}, {size[0]}"
+        yield Problem("mask-size", (*place, "size"), message, mask["size"])
+    elif isinstance(counts, str) and not is_mask(size, counts):
+        message = f"expected run lengths of all {size[0] * size[1]} pixels"
+        yield Problem("mask-size", (*place, "counts"), message, counts)
 
 
 def _spans(document: dict[str, Any]) -> Iterator[Problem]:

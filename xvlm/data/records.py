@@ -45,6 +45,37 @@ class RLE(Strict):
     counts: str
 
 
+def is_mask(size: tuple[int, int], counts: str | list[int]) -> bool:
+    """Whether run lengths, as numbers or as COCO's text, are those of all pixels; decoders take that for granted.
+
+    Args:
+        size: height, width.
+    """
+    lengths = _run_lengths(counts) if isinstance(counts, str) else counts
+    return sum(lengths) == size[0] * size[1] and all(length >= 0 for length in lengths)
+
+
+def _run_lengths(counts: str) -> list[int]:
+    """Numbers out of COCO's text (cocoapi, rleFrString); none where it is no such text.
+
+    A character has five bits of a number, the lowest first, and whether more follow. From the fourth on a number is the
+    difference to the last but one.
+    """
+    lengths: list[int] = []
+    length = shift = 0
+    for code in counts.encode():
+        bits = code - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return []
+        length |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            length -= (bits & 16) << shift - 4  # the sign of its last five bits
+            lengths.append(length + (lengths[-2] if len(lengths) > 2 else 0))
+            length = shift = 0
+    return lengths
+
+
 class Region(Strict):
     """A box with free descriptions ("the man left of the dog"); all describe the same box."""
 

@@ -30,7 +30,6 @@ from xvlm.data.readers.photographs import (
     Sample,
     corners,
     known_as,
-    nearly_inside,
     record,
     tidy,
 )
@@ -134,7 +133,7 @@ def _record(
             elif row.text:
                 if row.width is not None and row.height is not None:
                     found.check_size(row.width, row.height)
-                box = nearly_inside(where_said, corners(row.bbox), found.width, found.height)
+                box = found.nearly_inside(where_said, corners(row.bbox))
                 expressions.append(Expression(text=row.text, box_xyxy=box, id=str(row.ref_id)))
     return record(
         where,

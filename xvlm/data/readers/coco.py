@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from pydantic.dataclasses import dataclass
 
 from xvlm.data.readers.entries import Four, Number, by_id, entry, load
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
-from xvlm.data.records import RLE, Object
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, corners, known_as, record
+from xvlm.data.records import RLE, Object, is_mask
 
 SOURCE = "coco"
 
@@ -146,7 +146,7 @@ def read(
                     source=SOURCE,
                     split=part,
                     captions=captions.get(photograph.id, []),
-                    objects=objects_of(instances_at, boxes, labels, photograph, masks),
+                    objects=objects_of(instances_at, boxes, labels, found, masks),
                     licence=licences.get(photograph.license, ""),
                     credit=photograph.flickr_url,
                     same_as=known_as(photograph.flickr_url),
@@ -193,7 +193,7 @@ def instances_of(
 
 
 def objects_of(
-    path: Path, instances: list[Instance], labels: dict[int, str], photograph: Photograph, masks: bool
+    path: Path, instances: list[Instance], labels: dict[int, str], found: Found, masks: bool
 ) -> list[Object]:
     """Annotations as objects, boxes cut off at the photograph's border; crowds and boxes without area are left out.
 
@@ -203,9 +203,9 @@ def objects_of(
     objects = []
     for annotation in instances:
         with entry(f"{path}: annotation {annotation.id}"):
-            box = inside(corners(annotation.bbox), photograph.width, photograph.height)
+            box = found.inside(corners(annotation.bbox))
             if box is not None and not annotation.iscrowd:
-                mask = outline_of(path, annotation, photograph) if masks else None
+                mask = outline_of(path, annotation, found) if masks else None
                 objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], mask=mask))
     return objects
 
@@ -218,10 +218,10 @@ def _known(path: Path, annotation: Caption | Instance, photographs: dict[int, Ph
         )
 
 
-def outline_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | None:
+def outline_of(path: Path, annotation: Instance, found: Found) -> RLE | None:
     """The mask of an annotation, as :func:`mask_of`."""
     where = f"{path}: annotation {annotation.id}"
-    return mask_of(where, annotation.segmentation, (photograph.width, photograph.height))
+    return mask_of(where, annotation.segmentation, (found.width, found.height))
 
 
 def mask_of(where: str, shapes: Outline, size: tuple[int, int]) -> RLE | None:
@@ -246,13 +246,13 @@ def mask_of(where: str, shapes: Outline, size: tuple[int, int]) -> RLE | None:
                 raise ValueError(
                     f"{where} is of an image of {runs.size[1]}x{runs.size[0]}, the image is {width}x{height}"
                 )
-            lengths = _unpacked(where, runs.counts) if isinstance(runs.counts, str) else runs.counts
-            if any(length < 0 for length in lengths) or sum(lengths) != height * width:
+            if not is_mask(runs.size, runs.counts):
                 raise ValueError(
                     f"{where}: expected run lengths of all {height * width} pixels of the image, found "
-                    f"{sum(lengths)} in {len(lengths)} runs"
+                    f"{runs.counts!r:.80}"
                 )
-            encoded.append(coco_mask.frPyObjects({"size": runs.size, "counts": lengths}, height, width))
+            packed = isinstance(runs.counts, str)
+            encoded.append(runs.model_dump() if packed else coco_mask.frPyObjects(runs.model_dump(), height, width))
     return united(encoded, (height, width))
 
 
@@ -263,22 +263,6 @@ def _check_polygon(where: str, polygon: list[float], width: int, height: int) ->
     for x, y in zip(polygon[::2], polygon[1::2], strict=True):
         if not (-width <= x <= 2 * width and -height <= y <= 2 * height):
             raise ValueError(f"{where}: expected corners in or near the {width}x{height} image, found {x:g}, {y:g}")
-
-
-def _unpacked(where: str, counts: str) -> list[int]:
-    """Run lengths out of COCO's text: five bits a character, the lowest first; from the third on as differences."""
-    lengths: list[int] = []
-    length = shift = 0
-    for code in counts.encode():
-        if not 48 <= code < 112 or shift > 30:
-            raise ValueError(f"{where}: counts are no compressed run lengths (found {counts!r:.40})")
-        length |= (code - 48 & 31) << shift
-        shift += 5
-        if not code - 48 & 32:  # the last character of a number
-            length -= (code - 48 & 16) << shift - 4  # its sign
-            lengths.append(length + (lengths[-2] if len(lengths) > 2 else 0))
-            length = shift = 0
-    return lengths
 
 
 def united(encoded: list[Any], size: tuple[int, int]) -> RLE | None:

@@ -32,7 +32,6 @@ from xvlm.data.readers.photographs import (
     Sample,
     corners,
     known_as,
-    nearly_inside,
     record,
     tidy,
 )
@@ -167,7 +166,7 @@ def _record(listed: list[Listed], found: Found, masks: bool, of: dict[str, str])
             if annotation.bbox is None:
                 captions.append(text.strip())
                 continue
-            box = nearly_inside(where, corners(annotation.bbox), found.width, found.height)
+            box = found.nearly_inside(where, corners(annotation.bbox))
             mask = mask_of(where, annotation.segmentation, (found.width, found.height)) if masks else None
             if text is not None:
                 regions.append(Region(box_xyxy=box, descriptions=[text.strip()], mask=mask))

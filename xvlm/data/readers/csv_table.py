@@ -34,7 +34,6 @@ from xvlm.data.readers.photographs import (
     Sample,
     corners,
     known_as,
-    nearly_inside,
     record,
     tidy,
 )
@@ -183,4 +182,4 @@ def _box(where: str, row: Row, columns: tuple[str, ...], found: Found) -> Box | 
     except ValueError:
         raise ValueError(f"{where}: {','.join(columns)}: expected four numbers, found {','.join(cells)}") from None
     box = corners((a, b, c, d)) if columns == CORNER_AND_SIZE else (a, b, c, d)
-    return nearly_inside(where, box, found.width, found.height)
+    return found.nearly_inside(where, box)

@@ -98,7 +98,7 @@ def _messages(document: Any, wrong: ValidationError) -> dict[Place, str]:
         message = error["msg"].removeprefix("Value error, ")
         if kind == "missing" and isinstance(way[-1], int):  # one for each number that a box lacks
             message = f"expected {way[-1] + 1} values"
-            expected[entry_at][place] = expected[entry_at][place][: -1 if way[-1] > len(value) else None]
+            expected[entry_at][place] = expected[entry_at][place][: -1 if way[-1] > len(error["input"]) else None]
         elif kind == "missing" and place == way[:-1]:
             place, value = way, list(value)
         elif kind == "extra_forbidden":  # only records forbid

@@ -20,7 +20,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from xvlm.data.readers.entries import decoded, entry
-from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, inside, record
+from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, record
 from xvlm.data.records import Box, Phrase, Record, Region
 
 SOURCE = "flickr30k_entities"
@@ -101,7 +101,7 @@ def _text(annotations: Path | zipfile.Path, member: str) -> tuple[str, str]:
 
 def _record(name: str, split: str, found: Found, annotations: Path | zipfile.Path) -> Record:
     number = name.partition("_")[0]
-    boxes = _chains(*_text(annotations, f"Annotations/{number}.xml"), (found.width, found.height))
+    boxes = _chains(*_text(annotations, f"Annotations/{number}.xml"), found)
     captions = _captions(*_text(annotations, f"Sentences/{number}.txt"))
     descriptions: dict[str, dict[str, str]] = {}  # chain -> lower case -> as first written
     phrases = []
@@ -161,8 +161,8 @@ def _caption(where: str, line: str) -> _Caption:
     return caption
 
 
-def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]]:
-    """Boxes of each entity chain in pixels of an image of ``size`` (width, height); one box may be of several chains.
+def _chains(where: str, text: str, found: Found) -> dict[str, list[Box]]:
+    """Boxes of each entity chain in pixels of the photograph at hand; one box may be of several chains.
 
     Chains that were not drawn (``nobndbox``, ``scene``) have no entry.
     """
@@ -173,7 +173,7 @@ def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]
     annotated = _numbers(f"{where} size", root.find("size"), ("width", "height"))
     if min(annotated) <= 0:
         raise ValueError(f"{where} size: expected a width and height above 0, found {annotated}")
-    scale = [actual / given for actual, given in zip(size, annotated, strict=True)]
+    scale = [actual / given for actual, given in zip((found.width, found.height), annotated, strict=True)]
     chains: dict[str, list[Box]] = {}
     for i, thing in enumerate(root.iter("object"), 1):
         with entry():
@@ -184,7 +184,7 @@ def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]
                 edges = ("xmin", "ymin", "xmax", "ymax")
                 xmin, ymin, xmax, ymax = _numbers(f"{where} object {i} bndbox", drawn, edges)
                 scaled = ((xmin - 1) * scale[0], (ymin - 1) * scale[1], xmax * scale[0], ymax * scale[1])
-                box = inside(scaled, *size)
+                box = found.inside(scaled)
                 if box is not None:
                     for name in names:
                         chains.setdefault(name, []).append(box)

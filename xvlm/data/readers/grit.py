@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel
 
 from xvlm.data.readers.entries import Number, checked, entry
-from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, inside, record
+from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, record
 from xvlm.data.records import Box, Expression, Phrase, Record
 
 SOURCE = "grit"
@@ -127,7 +127,7 @@ def _boxes(where: str, caption: str, tied: list[Tied], found: Found) -> dict[tup
                     f"{start:g} to {end:g}"
                 )
             w, h = found.width, found.height
-            box = inside((left * w, top * h, right * w, bottom * h), w, h)
+            box = found.inside((left * w, top * h, right * w, bottom * h))
             if box is not None:
                 boxes.setdefault((int(start), int(end)), []).append(box)
     return boxes

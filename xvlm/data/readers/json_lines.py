@@ -20,10 +20,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from xvlm.data.readers.entries import Four, decoded_64, entry, files_of, load_lines, part_of
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, known_as, record, tidy
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, corners, known_as, record, tidy
+from xvlm.data.records import RLE, is_mask
 
 
 class Thing(BaseModel):
@@ -33,15 +34,25 @@ class Thing(BaseModel):
 
     box_xyxy: Four | None = None
     box_xywh: Four | None = None
+    mask: RLE | None = None
 
-    def fields(self, where: str) -> dict[str, Any]:
+    @field_validator("mask")
+    @classmethod
+    def mask_has_all_pixels(cls, mask: RLE | None) -> RLE | None:
+        if mask is not None and not is_mask(mask.size, mask.counts):
+            raise ValueError(f"expected run lengths of all pixels of {mask.size}, found counts {mask.counts!r:.80}")
+        return mask
+
+    def fields(self, where: str, found: Found) -> dict[str, Any]:
         """Its fields with the box as ``box_xyxy``."""
         given = self.model_dump(exclude={"box_xywh"}, exclude_unset=True)
-        if self.box_xywh is None:
-            return given
-        if "box_xyxy" in given:
-            raise ValueError(f"{where}: a box as box_xyxy and as box_xywh; expected one of them")
-        return given | {"box_xyxy": corners(self.box_xywh)}
+        if self.box_xywh is not None:
+            if "box_xyxy" in given:
+                raise ValueError(f"{where}: a box as box_xyxy and as box_xywh; expected one of them")
+            given["box_xyxy"] = corners(self.box_xywh)
+        if given.get("box_xyxy"):
+            found.check_pixels(where, given["box_xyxy"])
+        return given
 
 
 class Line(BaseModel):
@@ -101,7 +112,7 @@ def read(
                 if line.width is not None and line.height is not None:
                     found.check_size(line.width, line.height)
                 boxed = {
-                    kind: [thing.fields(f"{where}: {kind}.{i}") for i, thing in enumerate(getattr(line, kind))]
+                    kind: [thing.fields(f"{where}: {kind}.{i}", found) for i, thing in enumerate(getattr(line, kind))]
                     for kind in ("regions", "objects", "expressions")
                 }
                 ours = {

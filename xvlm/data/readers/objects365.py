@@ -64,7 +64,7 @@ def read(
                     id=str(photograph.id),
                     source=SOURCE,
                     split=part,
-                    objects=objects_of(path, instances[photograph.id], labels, photograph, masks=False),
+                    objects=objects_of(path, instances[photograph.id], labels, found, masks=False),
                     original_id=photograph.file_name,
                 )
                 yield made, found.image

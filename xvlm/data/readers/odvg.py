@@ -22,7 +22,6 @@ from xvlm.data.readers.photographs import (
     Photographs,
     Sample,
     around,
-    inside,
     known_as,
     record,
     tidy,
@@ -149,7 +148,7 @@ def _record(name: str, lines: list[Said], found: Found, of: dict[str, str]) -> R
 
 def _boxes(grounded: Grounded, found: Found) -> list[Box]:
     given = grounded.bbox if isinstance(grounded.bbox, list) else [grounded.bbox]
-    clipped = (inside(box, found.width, found.height) for box in given)
+    clipped = (found.inside(box) for box in given)
     return [box for box in clipped if box is not None]
 
 
@@ -171,7 +170,7 @@ def _objects(where: str, detection: Detection, labels: dict[str, str], found: Fo
             label = one.category or labels.get(str(one.label))
             if label is None:
                 raise ValueError(f"{one_at}: no category, and label {one.label!r} in no label_map")
-            box = inside(one.bbox, found.width, found.height)
+            box = found.inside(one.bbox)
             if box is not None:
                 objects.append(Object(box_xyxy=box, label=label))
     return objects

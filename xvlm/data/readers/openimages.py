@@ -24,7 +24,7 @@ from typing import Literal
 from pydantic import BaseModel, FiniteFloat
 
 from xvlm.data.readers.entries import Kind, checked, entry, load_cells, load_table, only, part_of
-from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, inside, known_as, record
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, known_as, record
 from xvlm.data.records import Object
 
 SOURCE = "openimages"
@@ -109,7 +109,7 @@ def _objects(where: str, row: Row, labels: dict[str, str], found: Found) -> list
     if row.LabelName not in labels:
         raise ValueError(f"{where}: LabelName {row.LabelName!r} is not among the {len(labels)} classes")
     shares = (row.XMin * found.width, row.YMin * found.height, row.XMax * found.width, row.YMax * found.height)
-    box = inside(shares, found.width, found.height)
+    box = found.inside(shares)
     meant = row.IsGroupOf is not True and row.Confidence > 0
     return [Object(box_xyxy=box, label=labels[row.LabelName])] if meant and box is not None else []
 

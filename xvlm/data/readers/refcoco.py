@@ -21,16 +21,16 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.coco import Instance, InstanceFile, Photograph, outline_of, united
+from xvlm.data.readers.coco import Instance, InstanceFile, outline_of, united
 from xvlm.data.readers.entries import by_id, checked, entry, load, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
+    Found,
     Photographs,
     Sample,
     around,
     corners,
     known_as,
-    nearly_inside,
     record,
 )
 from xvlm.data.records import Expression
@@ -114,7 +114,7 @@ def read(
                         if absent := [number for number in ref.targets if number not in annotations]:
                             raise ValueError(f"{where}: ann_id {absent[0]} is not in {instances_at}")
                         targets = [annotations[number] for number in ref.targets]
-                        expressions += _expressions(where, instances_at, ref, targets, photograph, masks)
+                        expressions += _expressions(where, instances_at, ref, targets, found, masks)
                 made = record(
                     f"{refs_at}: image {image_id}",
                     found,
@@ -166,12 +166,11 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def _expressions(
-    where: str, instances_at: Path, ref: Ref, targets: list[Instance], photograph: Photograph, masks: bool
+    where: str, instances_at: Path, ref: Ref, targets: list[Instance], found: Found, masks: bool
 ) -> list[Expression]:
-    size = (photograph.width, photograph.height)
-    boxes = [nearly_inside(where, corners(target.bbox), *size) for target in targets]
-    outlines = [outline_of(instances_at, target, photograph) for target in targets] if masks else []
-    mask = united([one.model_dump() for one in outlines if one], (photograph.height, photograph.width))
+    boxes = [found.nearly_inside(where, corners(target.bbox)) for target in targets]
+    outlines = [outline_of(instances_at, target, found) for target in targets] if masks else []
+    mask = united([one.model_dump() for one in outlines if one], (found.height, found.width))
     return [
         Expression(
             text=text,

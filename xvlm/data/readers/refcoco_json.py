@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from xvlm.data.readers.entries import Four, by_id, entry, load, only, part_of
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, known_as, nearly_inside, record
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, known_as, record
 from xvlm.data.readers.refcoco import PLACES
 from xvlm.data.records import Expression
 
@@ -92,7 +92,7 @@ def read(
                 for one in said:
                     with entry(where):
                         found.check_size(one.width, one.height)
-                        box = nearly_inside(where, corners(one.bbox), one.width, one.height)
+                        box = found.nearly_inside(where, corners(one.bbox))
                         expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
                 same_as = known_as(file_name)
                 made = record(

@@ -24,7 +24,7 @@ from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
 from xvlm.data.readers.entries import NAMED, Kind, Number, by_id, entry, load, only
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, corners, known_as, record
 from xvlm.data.records import Box, Object, Question, Region
 
 SOURCE = "visual_genome"
@@ -144,15 +144,14 @@ def read(
                 if found is None:
                     continue
                 found.check_size(one.width, one.height)
-                size = (one.width, one.height)
                 ids = {"coco": one.coco_id, "flickr": one.flickr_id}
                 made = record(
                     f"{folder}: image {one.image_id}",
                     found,
                     id=str(one.image_id),
                     source=SOURCE,
-                    objects=_objects(objects.get(one.image_id, []), attributes.get(one.image_id, []), size),
-                    regions=_regions(regions.get(one.image_id, []), size),
+                    objects=_objects(objects.get(one.image_id, []), attributes.get(one.image_id, []), found),
+                    regions=_regions(regions.get(one.image_id, []), found),
                     questions=[
                         Question(
                             text=asked.question, answers={asked.answer: ONE_ANSWER}, kind="vg", id=str(asked.qa_id)
@@ -173,12 +172,12 @@ def _entries(kind: type[Kind], folder: Path, name: str) -> dict[int, Kind]:
     return by_id(f"{path}: ", load(list[kind], path), "image_id") if path else {}
 
 
-def _objects(plain: list[Thing], with_attributes: list[Thing], size: tuple[int, int]) -> list[Object]:
+def _objects(plain: list[Thing], with_attributes: list[Thing], found: Found) -> list[Object]:
     attributes = {thing.object_id: thing for thing in with_attributes}
     known = {thing.object_id for thing in plain}
     objects = []
     for thing in [*plain, *(thing for thing in with_attributes if thing.object_id not in known)]:
-        box = _box((thing.x, thing.y, thing.w, thing.h), size)
+        box = _box((thing.x, thing.y, thing.w, thing.h), found)
         label = next((name.strip() for name in thing.names if name.strip()), "")
         if box is not None and label:
             same = attributes.get(thing.object_id)
@@ -188,14 +187,14 @@ def _objects(plain: list[Thing], with_attributes: list[Thing], size: tuple[int, 
     return objects
 
 
-def _regions(described: list[Described], size: tuple[int, int]) -> list[Region]:
+def _regions(described: list[Described], found: Found) -> list[Region]:
     regions = []
     for one in described:
-        box, phrase = _box((one.x, one.y, one.width, one.height), size), " ".join(one.phrase.split())
+        box, phrase = _box((one.x, one.y, one.width, one.height), found), " ".join(one.phrase.split())
         if box is not None and phrase:
             regions.append(Region(box_xyxy=box, descriptions=[phrase]))
     return regions
 
 
-def _box(box_xywh: Box, size: tuple[int, int]) -> Box | None:
-    return inside(corners(box_xywh), *size)
+def _box(box_xywh: Box, found: Found) -> Box | None:
+    return found.inside(corners(box_xywh))

@@ -22,7 +22,6 @@ from xvlm.data.readers.photographs import (
     Sample,
     corners,
     identifier,
-    inside,
     known_as,
     record,
 )
@@ -93,7 +92,7 @@ def read(
                     objects: list[Object] = []
                     for element_at, element in numbered(f"{where}: elems.", line.elems):
                         with entry(element_at):
-                            box = inside(corners(element.bb), found.width, found.height)
+                            box = found.inside(corners(element.bb))
                             texts, attributes = _texts(element.caption), _texts(element.attributes)
                             if not texts:
                                 raise ValueError(f"{element_at}: the caption of the box {element.bb} is empty")
