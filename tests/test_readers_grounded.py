@@ -160,6 +160,20 @@ def test_grit(tmp_path, unpacked):
     assert (expression.box_xyxy, expression.boxes_xyxy) == ((0, 50, 100, 75), [])
 
 
+@pytest.mark.parametrize("unpacked", [True, False])
+@pytest.mark.parametrize("ending", ["webp", "png", "jpeg"])
+def test_grit_in_other_formats(tmp_path, unpacked, ending):
+    document, image = json.dumps(ENTRY).encode(), jpeg(200, 100)
+    archive(tmp_path / "0.tar", {"000000012.json": document, f"000000012.{ending}": image})
+    if unpacked:
+        (tmp_path / "0").mkdir()
+        (tmp_path / "0.tar").unlink()
+        (tmp_path / "0/000000012.json").write_bytes(document)
+        (tmp_path / f"0/000000012.{ending}").write_bytes(image)
+    ((_, found),) = grit.read(tmp_path, "train")
+    assert found == image
+
+
 def test_grit_without_an_image(tmp_path, caplog):
     archive(tmp_path / "0.tar", {"000000012.json": json.dumps(ENTRY).encode()})
     with pytest.raises(FileNotFoundError, match=r"0\.tar/000000012\.jpg: no such photograph"):

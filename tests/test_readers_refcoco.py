@@ -136,6 +136,27 @@ def test_grefcoco_with_several_targets_and_with_none(tmp_path):
     assert (cat.text, cat.box_xyxy, cat.boxes_xyxy, cat.mask) == ("the cat", None, [], None)
 
 
+@pytest.mark.parametrize("listed", ["38/images/38097.jpg", "38097.jpg"])
+@pytest.mark.parametrize("image", ["../images/saiapr_tc-12/38/images/38097.jpg", "saiapr_tc-12/38097.jpg"])
+def test_referit(tmp_path, listed, image):
+    photograph = {"file_name": listed, "height": 80, "width": 100, "id": 38097}
+    runs = {"size": [80, 100], "counts": [4800, 1600, 1600]}
+    tower = {"image_id": 38097, "id": 7, "category_id": 2, "bbox": [60, 0, 20, 80], "segmentation": [runs]}
+    instances = {"images": [photograph], "annotations": [tower], "categories": [{"id": 2, "name": "tower"}]}
+    folder = tmp_path / "refclef"
+    place(folder, image)
+    (folder / "instances.json").write_text(json.dumps(instances))
+    for by, part in (("unc", "testC"), ("berkeley", "test")):
+        said = ref(3, 7, part, sentence(9, f"tower by {by}")) | {"image_id": 38097, "file_name": "38097_7.jpg"}
+        (folder / f"refs({by}).p").write_bytes(b"\x80\x02" + python_2([said]) + b".")
+    ((record, _),) = refcoco.read(folder, "testC_unc")
+    assert (record.id, record.source, record.split, record.tags) == ("38097", "refclef", "test", ["testC"])
+    assert (record.expressions[0].text, record.expressions[0].box_xyxy) == ("tower by unc", (60, 0, 80, 80))
+    assert record.expressions[0].mask is not None
+    ((record, _),) = refcoco.read(folder, "test_berkeley")
+    assert (record.tags, record.expressions[0].text, record.same_as) == ([], "tower by berkeley", {})
+
+
 class Hostile:
     def __init__(self, path: Path):
         self.path = path

@@ -1,7 +1,7 @@
 """X-VLM's lines for pre-training and the JSON arrays for fine-tuning: as the reference reads them, and broken ones."""
 
 import json
-from base64 import b64encode
+from base64 import b64encode, encodebytes
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,12 @@ def test_lines_for_pretraining(tmp_path, name):
     ]
     assert first.regions == [Region(box_xyxy=(10, 20, 60, 60.5), descriptions=["a dog", "the pet"])]
     assert (second.captions, second.original_id, third.captions) == (["a", "b"], "a/1.jpg", ["c"])
+
+
+def test_base64_may_be_broken_into_lines(tmp_path):
+    write(tmp_path / "train.jsonl", LINE | {"binary": encodebytes(jpeg(100, 80)).decode()})
+    ((_, image),) = xvlm_jsonl.read(tmp_path, "train")
+    assert image == jpeg(100, 80)
 
 
 def test_lines_have_paths_from_the_folder_or_absolute(tmp_path):

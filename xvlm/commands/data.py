@@ -120,11 +120,14 @@ def stats(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of a record: the fields of json_lines and of the shards."""
+def schema(
+    lines: Annotated[bool, typer.Option("--lines", help="Of a line for the reader json_lines.")] = False,
+) -> None:
+    """Print the JSON schema of a record, as shards hold it; with --lines of one as you write it."""
+    from xvlm.data.readers import json_lines
     from xvlm.data.records import Record
 
-    typer.echo(json.dumps(Record.model_json_schema(), indent=2))
+    typer.echo(json.dumps(json_lines.schema() if lines else Record.model_json_schema(), indent=2))
 
 
 @app.command()

@@ -260,7 +260,7 @@ def decoded(where: str, content: bytes) -> str:
 def decoded_64(where: str, text: str) -> bytes:
     """Bytes of a file that was written in base64. Raises ValueError unless that is what the text is."""
     try:
-        return b64decode(text, validate=True)
+        return b64decode("".join(text.split()), validate=True)  # MIME breaks lines
     except ValueError as error:
         raise ValueError(f"{where}: not base64: {error} (found {text[:40]!r} …)") from None
 

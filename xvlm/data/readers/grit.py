@@ -4,7 +4,7 @@ As img2dataset downloads the published tables (Peng et al. 2023, https://hugging
 ``--save_additional_columns '["noun_chunks", "ref_exps"]'``, as tar files or unpacked::
 
     folder/00000.tar                 with 000000012.jpg and 000000012.json; or unpacked:
-    folder/00000/000000012.jpg
+    folder/00000/000000012.jpg       or .webp, .png, .jpeg
     folder/00000/000000012.json
 
 Boxes are ``x y x y`` (left top right bottom), shares of the image's width and height.
@@ -21,6 +21,7 @@ from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photogra
 from xvlm.data.records import Box, Expression, Phrase, Record
 
 SOURCE = "grit"
+ENDINGS = (".jpg", ".webp", ".png", ".jpeg")  # as img2dataset was asked to write
 
 Tied = tuple[Number, Number, Number, Number, Number, Number, Number]  # start and end of the span, box, confidence
 
@@ -59,8 +60,8 @@ def read(
         for path in entries:
             with entry():
                 described = checked(Entry, str(path), path.read_bytes())
-                name = str(path.relative_to(folder).with_suffix(".jpg"))
-                if (found := images.find(f"{path.name} describes it", name)) is not None:
+                names = [str(path.relative_to(folder).with_suffix(ending)) for ending in ENDINGS]
+                if (found := images.find(f"{path.name} describes it", *names)) is not None:
                     yield _record(str(path), described, found), found.image
         for path in archives:
             with entry():
@@ -80,7 +81,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes, bytes | None]]:
             for name, member in files.items():
                 if name.suffix == ".json":
                     with entry():
-                        image = files.get(name.with_suffix(".jpg"))
+                        beside = (files.get(name.with_suffix(ending)) for ending in ENDINGS)
+                        image = next(filter(None, beside), None)
                         yield f"{path}/{name}", _bytes(archive, member), _bytes(archive, image) if image else None
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # what ends a tar file

@@ -12,7 +12,7 @@
 Instead of ``image``, ``image_base64`` may have the file itself; then the line needs an ``id``. ``id``, ``source`` (else
 the folder's name), ``split``, ``width`` and ``height`` may be left out. Boxes are in pixels of the stored image, and
 named by their format: ``box_xyxy`` (left, top, right, bottom) or ``box_xywh`` (left, top, width, height). ``xvlm data
-schema`` prints all fields.
+schema --lines`` prints all fields.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from xvlm.data.readers.entries import Four, decoded_64, entry, files_of, load_lines, part_of
 from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, corners, known_as, record, tidy
-from xvlm.data.records import RLE, is_mask
+from xvlm.data.records import RLE, Record, is_mask
 
 
 class Thing(BaseModel):
@@ -68,6 +68,25 @@ class Line(BaseModel):
     regions: list[Thing] = []
     objects: list[Thing] = []
     expressions: list[Thing] = []
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a line: a record's, with the image, either box, and what may be left out."""
+    line = Record.model_json_schema()
+    line |= {"title": "Line", "description": "One image and its annotations, as a line of a file."}
+    line["properties"] |= Line.model_json_schema()["properties"] | {
+        kind: line["properties"][kind] for kind in ("regions", "objects", "expressions")
+    }
+    line["required"] = []
+    line["oneOf"] = [{"required": ["image"]}, {"required": ["image_base64", "id"]}]
+    for thing in ("Region", "Object", "Expression"):
+        one = line["$defs"][thing]
+        meaning = {"title": "Box Xywh", "description": "Left, top, width, height, instead of box_xyxy."}
+        one["properties"]["box_xywh"] = one["properties"]["box_xyxy"] | meaning
+        if "box_xyxy" in one["required"]:
+            one["required"].remove("box_xyxy")
+            one["oneOf"] = [{"required": ["box_xyxy"]}, {"required": ["box_xywh"]}]
+    return line
 
 
 def read(

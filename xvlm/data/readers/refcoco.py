@@ -6,7 +6,8 @@ Files as published (Kazemzadeh et al. 2014, Yu et al. 2016, https://github.com/l
     folder/refs(unc).p                 or (google), (umd), (berkeley); refs(unc).json; gRefCOCO: grefs(unc).json
     folder/instances.json              COCO's format; gRefCOCO's own, with other annotations
     folder/images/FILE                 or COCO's train2014 in the folder, in its parent, in images/ or
-                                       images/mscoco/images/ of either; ReferIt: saiapr_tc-12 likewise
+                                       images/mscoco/images/ of either; ReferIt: saiapr_tc-12 likewise, with
+                                       38/images/38097.jpg in it, or 38097.jpg
 
 Boxes are ``xywh`` in pixels. Several files of refs may lie in the folder: a split then says which, ``val_umd``. The
 folder's name becomes the records' source. Other JSON forms of the same sets: :mod:`xvlm.data.readers.refcoco_json`.
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.coco import Instance, InstanceFile, outline_of, united
+from xvlm.data.readers.coco import Instance, InstanceFile, Photograph, outline_of, united
 from xvlm.data.readers.entries import by_id, checked, entry, load, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
@@ -103,7 +104,7 @@ def read(
                 if image_id not in photographs:
                     raise ValueError(f"{instances_at}: no image {image_id}, which {refs_at.name} refers to")
                 photograph = photographs[image_id]
-                found = images.find(f"{refs_at.name} refers to it", photograph.file_name)
+                found = images.find(f"{refs_at.name} refers to it", *_names(photograph))
                 if found is None:
                     continue
                 found.check_size(photograph.width, photograph.height)
@@ -126,6 +127,12 @@ def read(
                     same_as=known_as(photograph.file_name),
                 )
                 yield made, found.image
+
+
+def _names(photograph: Photograph) -> list[str]:
+    """Under which it may lie: as written, or of ReferIt, in the folders of its archive or outside them."""
+    name = Path(photograph.file_name).name
+    return [photograph.file_name, name, f"{photograph.id // 1000:02d}/images/{name}"]
 
 
 def _chosen(folder: Path, split: str) -> tuple[Path, str]:
