@@ -11,6 +11,7 @@ import official
 import pytest
 import tiny
 import torch
+from photographs import place
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -58,6 +59,19 @@ def error_of(monkeypatch, *arguments) -> str:
     assert message.startswith("error: ")
     assert "\n" not in message
     return message
+
+
+def test_annotations_of_any_name_and_images_elsewhere(monkeypatch, tmp_path):
+    place(tmp_path, "photos/a.jpg")
+    file = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
+    exported = tmp_path / "instances_default.json"
+    exported.write_text(json.dumps(file))
+    where = ("--file", exported, "--images", tmp_path / "photos", "--workers", 0)
+    checked = lines_of("data", "check", tmp_path, "--reader", "coco_json", *where)
+    assert checked == [f"{tmp_path}: 1 record, 0 problems"]
+    out = tmp_path / "shards"
+    assert lines_of("data", "pack", "coco_json", out, "--split", "val", *where) == [f"{out / 'val'}: 1 record"]
+    assert "files: coco reads a folder" in error_of(monkeypatch, "data", "pack", "coco", out, *where)
 
 
 def test_help_lists_the_commands_without_importing_torch():

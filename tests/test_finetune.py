@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from xvlm import evaluate, hub
 from xvlm.config import ConfigError, load_config
 from xvlm.data import scenes
+from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.records import Question, Statement
 from xvlm.data.shards import BrokenSample, Shards, write_shards
@@ -541,6 +542,21 @@ def test_validation_images_in_a_file_of_their_own(scripts, tmp_path):
     file.write_text(file.read_text() + "\n")
     with pytest.raises(ValueError, match=r"train was packed from .*; choose another folder"):
         scripts[0].main([*words, *OWN, "title=again", f"out={tmp_path / 'other'}", f"corpus.out={out / 'shards'}"])
+
+
+def test_shards_packed_before_from_one_table_of_all_splits_are_trained_on(scripts, tmp_path):
+    file, shards, out = own_files(tmp_path / "mine", ".csv", 4), tmp_path / "shards", tmp_path / "run"
+    heading, *rows = file.read_text().splitlines()
+    marked = [f"{row},{'val' if row.startswith('pictures/0.') else 'train'}" for row in rows]
+    file.write_text("\n".join([f"{heading},split", *marked]))
+    for split in ("train", "val"):
+        pack(CorpusConfig(reader="csv_table", files={split: file}, out=shards, splits={split: None}))
+    packed = {path: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
+    words = [f"data.train={file}", f"data.val={file}", f"corpus.out={shards}", f"out={out}"]
+    scripts[0].main([str(ROOT / "configs/finetune/grounding.yaml"), *words, *OWN])
+    assert packed == {path: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
+    assert [len(Shards(shards / split)) for split in ("train", "val")] == [3, 1]
+    assert (out / "results-val.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -393,7 +393,7 @@ def test_masks_of_coco_are_packed_where_they_are_asked_for(tmp_path, masks):
     expected = np.zeros((80, 100), dtype=np.uint8)
     expected[20:60, 10:40] = 1
     assert np.array_equal(coco_mask.decode(mask.model_dump()), expected)
-    with pytest.raises(ValueError, match="masks: a choice of the reader coco, not of scenes"):
+    with pytest.raises(ValueError, match="masks: a choice of the readers coco and coco_json, not"):
         config(tmp_path, reader="scenes", masks=True)
 
 
@@ -548,7 +548,39 @@ def test_a_folder_packed_from_something_else_says_what_differs_and_no_more(tmp_p
 
 def test_files_are_of_readers_of_own_files_and_train_has_one(tmp_path):
     asked = {"out": tmp_path, "splits": {"train": None}}
-    with pytest.raises(ValueError, match="files: coco reads a folder; csv_table, coco_json, json_lines read files"):
+    with pytest.raises(ValueError, match=r"files: coco reads a folder; csv_table, coco_json, .*odvg read files"):
         CorpusConfig(reader="coco", files={"train": tmp_path / "a.json"}, **asked)
     with pytest.raises(ValueError, match="files: none for train"):
         CorpusConfig(reader="csv_table", files={"val": tmp_path / "a.csv"}, **asked)
+    with pytest.raises(FileNotFoundError, match=r"a\.csv: no such file, for the split 'train'"):
+        pack(CorpusConfig(reader="csv_table", files={"train": tmp_path / "a.csv"}, **asked))
+
+
+def test_several_files_and_folders_of_images_are_one_split(tmp_path):
+    place(tmp_path, "images/coco/val2014/a.jpg", "images/vg/b.jpg")
+    captioned = [{"image": "val2014/a.jpg", "caption": "a dog"}]
+    asked = [{"image": name, "question": "What is it?", "answer": "a dog"} for name in ("val2014/a.jpg", "b.jpg")]
+    for name, rows in (("coco_train.json", captioned), ("vqa_train.json", asked)):
+        (tmp_path / name).write_text(json.dumps(rows))
+    corpus = {"reader": "albef_json", "files": {"train": [tmp_path / "coco_train.json", tmp_path / "vqa_train.json"]}}
+    images = [tmp_path / "images/coco", tmp_path / "images/vg"]
+    packed = pack(config(tmp_path / "out", **corpus, images=images))["train"]
+    both, other = (packed.read(i)[0] for i in range(2))
+    assert (both.id, both.captions, len(both.questions)) == ("val2014_a", ["a dog"], 1)
+    assert (other.id, other.captions, len(other.questions)) == ("b", [], 1)
+    with pytest.raises(ValueError, match="was packed from something else"):
+        pack(config(tmp_path / "out", **corpus, images=images[:1]))
+    with pytest.raises(FileNotFoundError, match="vgg: no such folder of photographs"):
+        pack(config(tmp_path / "new", **corpus, images=tmp_path / "vgg"))
+
+
+def test_a_table_with_a_column_of_splits_is_held_out_from_within_train(tmp_path):
+    place(tmp_path, *(f"{i}.jpg" for i in range(4)))
+    rows = [f"{i}.jpg,a dog,{'test' if i == 3 else 'train'}\n" for i in range(4)]
+    (tmp_path / "all.csv").write_text("".join(["image,text,split\n", *rows]))
+    files = {split: tmp_path / "all.csv" for split in ("train", "test")}
+    packed = pack(
+        config(tmp_path / "out", reader="csv_table", files=files, splits=dict.fromkeys(("train", "val", "test")))
+    )
+    ids = {name: [(one.id, one.split) for one, _ in map(part.read, range(len(part)))] for name, part in packed.items()}
+    assert ids == {"train": [("1", "train"), ("2", "train")], "val": [("0", "val")], "test": [("3", "test")]}

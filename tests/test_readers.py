@@ -1,7 +1,10 @@
 """What readers have in common: their call, their errors, and what they share to find photographs and cut boxes."""
 
 import inspect
+import json
+import re
 import threading
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
@@ -15,9 +18,10 @@ from hypothesis import strategies as st
 from photographs import jpeg, place
 
 from xvlm.data import readers
-from xvlm.data.pack import CorpusConfig, Reader, read
+from xvlm.data.pack import OF_FILES, CorpusConfig, Reader, read
 from xvlm.data.readers import photographs
-from xvlm.data.readers.photographs import Photographs
+from xvlm.data.readers.photographs import Found, Photographs
+from xvlm.data.records import unchecked
 
 NAMES = [name for name in get_args(Reader) if name != "scenes"]
 each_reader = pytest.mark.parametrize("reader", [import_module(f"xvlm.data.readers.{name}") for name in NAMES])
@@ -37,7 +41,9 @@ def test_every_reader_is_named_once_and_every_name_is_a_reader():
 def test_readers_are_called_alike_and_state_their_boxes(reader: ModuleType):
     parameters = inspect.signature(reader.read).parameters
     assert list(parameters)[:2] == ["folder", "split"]
-    assert parameters["allow_missing"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert {"images_at", "allow_missing"} <= parameters.keys()
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in list(parameters.values())[2:])
+    assert ("files" in parameters) == (reader.__name__.rpartition(".")[2] in OF_FILES)
     assert "Boxes are" in reader.__doc__ or "No boxes" in reader.__doc__
     assert all(extra.default is not inspect.Parameter.empty for extra in list(parameters.values())[2:])
 
@@ -117,6 +123,11 @@ def test_photographs_are_looked_for_in_every_place_under_every_name(tmp_path):
             images.find("the list has it", "3.jpg")
     with pytest.raises(FileNotFoundError, match="no photographs; expected in it a folder c, d"):
         Photographs(tmp_path, "c", "d")
+    with Photographs(tmp_path, "a", at=[tmp_path / "b/x"], allow_missing=True) as images:
+        assert images.find("it", "2.jpg").path == tmp_path / "b/x/2.jpg"
+        assert images.find("it", "1.jpg") is None
+    with pytest.raises(FileNotFoundError, match="c: no such folder of photographs"):
+        Photographs(tmp_path, "a", at=[tmp_path / "a", tmp_path / "c"])
 
 
 def test_photographs_behind_urls_are_fetched(tmp_path):
@@ -164,15 +175,50 @@ def test_ids_are_made_of_paths():
     assert photographs.identifier("val2014/a.b.jpg") == "val2014_a_b"
     assert photographs.identifier("/data/../x.jpg") == "data_x"
     assert photographs.identifier("plain") == "plain"
+    assert photographs.identifier("v1.2/plain") == "v1_2_plain"
+    assert photographs.identifier("http://host:8765/a") == "http_host_8765_a"
+    assert photographs.identifier("https://x.com/img?id=1") == "https_x_com_img_id=1"
+
+
+@pytest.mark.parametrize(
+    ("reader", "file", "content"),
+    [
+        ("csv_table", "train.csv", "image,text\na.jpg,one\na.png,two\n./a.jpg,three\n"),
+        (
+            "coco_json",
+            "train.json",
+            {
+                "images": [{"id": i, "file_name": name} for i, name in enumerate(["a.jpg", "a.png", "./a.jpg"])],
+                "annotations": [{"image_id": i, "caption": text} for i, text in enumerate(["one", "two", "three"])],
+            },
+        ),
+        (
+            "albef_json",
+            "train.json",
+            [
+                {"image": name, "caption": text}
+                for name, text in [("a.jpg", "one"), ("a.png", "two"), ("./a.jpg", "three")]
+            ],
+        ),
+    ],
+)
+def test_images_that_differ_in_little_have_different_ids_and_the_same_image_one(tmp_path, reader, file, content):
+    place(tmp_path, "a.jpg", "a.png")
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    first, second = (record for record, _ in import_module(f"xvlm.data.readers.{reader}").read(tmp_path, "train"))
+    assert (first.id, first.captions) == ("a", ["one", "three"])
+    assert re.fullmatch(r"a_[0-9a-f]{8}", second.id)
+    assert second.captions == ["two"]
 
 
 edge = st.floats(-50, 150)
+FOUND = Found("the list has it", Path("a.jpg"), b"", 100, 80, Counter())
 
 
 @settings(deadline=None)
 @given(st.tuples(edge, edge, edge, edge))
 def test_what_is_cut_off_lies_in_the_image_and_in_the_box(box):
-    cut = photographs.inside(box, 100, 80)
+    cut = FOUND.inside(box)
     x0, y0, x1, y1 = box
     if cut is None:
         assert min(x1, 100) <= max(x0, 0) or min(y1, 80) <= max(y0, 0)
@@ -183,12 +229,32 @@ def test_what_is_cut_off_lies_in_the_image_and_in_the_box(box):
 
 
 def test_a_box_may_leave_the_image_by_a_little():
-    assert photographs.nearly_inside("a", (-2.0, 0.0, 10.0, 81.6), 100, 80) == (0, 0, 10, 80)
+    assert FOUND.nearly_inside("a", (-2.0, 0.0, 10.0, 81.6)) == (0, 0, 10, 80)
     for box in [(-2.1, 0.0, 9.0, 9.0), (0.0, 0.0, 9.0, 81.7), (60.0, 20.0, 150.0, 70.0), (101.0, 0.0, 102.0, 9.0)]:
         with pytest.raises(
             ValueError, match=r"line 3: box \(.*\) as left, top.* inside the 100x80 image or out of it by 2%"
         ):
-            photographs.nearly_inside("line 3", box, 100, 80)
+            FOUND.nearly_inside("line 3", box)
     for box in [(5.0, 5.0, 5.0, 9.0), (9.0, 5.0, 5.0, 9.0), (float("nan"), 0.0, 5.0, 9.0)]:
         with pytest.raises(ValueError, match="expected one with an area"):
-            photographs.nearly_inside("line 3", box, 100, 80)
+            FOUND.nearly_inside("line 3", box)
+
+
+def test_boxes_that_are_cut_off_or_left_out_are_counted_and_logged(tmp_path, caplog):
+    place(tmp_path, "a/1.jpg", "a/2.jpg")
+    with Photographs(tmp_path, "a") as images:
+        first, second = (images.find("it", f"{i}.jpg") for i in (1, 2))
+        assert first.inside((50.0, 50.0, 2000.0, 60.0)) == (50, 50, 100, 60)
+        assert second.inside((-1.0, 0.0, 10.0, 10.0)) == first.inside((-0.9, 0.0, 10.0, 10.0)) == (0, 0, 10, 10)
+        assert first.inside((100.0, 0.0, 120.0, 10.0)) is None
+    assert "cut off at the border of their image, by a pixel or more: 2 (xvlm" in caplog.text
+    assert "left out, without area in their image: 1 (xvlm" in caplog.text
+
+
+def test_shares_of_the_size_are_no_pixels():
+    with pytest.raises(ValueError, match=r"line 3: box \(0\.1, 0\.2, 0\.3, 0\.4\) .* these look like shares of it"):
+        FOUND.nearly_inside("line 3", (0.1, 0.2, 0.3, 0.4))
+    small = FOUND._replace(width=8, height=8)
+    assert small.nearly_inside("line 3", (0.0, 0.0, 1.0, 1.0)) == (0, 0, 1, 1)
+    with unchecked():
+        assert FOUND.nearly_inside("line 3", (0.1, 0.2, 0.3, 0.4)) == (0.1, 0.2, 0.3, 0.4)

@@ -15,6 +15,8 @@ ROWS = """000002b66c9c498e,xclick,/m/01g317,1,0.012500,0.195312,0.148438,0.58750
 000002b66c9c498e,xclick,/m/0284d,1,0.5,1.0,0.25,0.75,0,0,1,0,0
 000002b66c9c498e,xclick,/m/0284d,1,0.5,1.01,0.25,0.75,0,0,0,0,0
 000002b97e5471a0,activemil,/m/01g317,1,0.3,0.3,0.4,0.5,0,0,0,0,0
+000002b97e5471a0,activemil,/m/01g317,1,0.25,0.5,0.5,0.75,-1,-1,-1,-1,-1
+000002b97e5471a0,xclick,/m/0284d,0,0.25,0.5,0.5,0.75,0,0,0,0,0
 """
 ORIGINS = """ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize,Rotation
 000002b66c9c498e,train,https://c7.staticflickr.com/6/5079/7306_02f9d3e1f5_o.jpg,x,https://cc/by/2.0/,x,Ada,"a, b",1,0
@@ -39,7 +41,8 @@ def test_open_images_has_boxes_in_pixels_without_groups(open_images):
     assert person.box_xyxy == pytest.approx((2.5, 14.8438, 39.0624, 58.75))
     assert dairy == Object(box_xyxy=(100, 25, 200, 75), label="Dairy Product")
     assert (first.licence, first.credit.split()[0], first.same_as) == ("https://cc/by/2.0/", "Ada", {"flickr": "7306"})
-    assert (second.objects, second.licence) == ([], "")
+    assert second.objects == [Object(box_xyxy=(50, 50, 100, 75), label="Person")]
+    assert second.licence == ""
 
 
 def test_open_images_as_fiftyone_lays_them_out(open_images):

@@ -106,6 +106,12 @@ def test_entities_captions_phrases_and_regions(entities):
     ]
 
 
+@pytest.mark.parametrize("name", ["flickr30k-images", "flickr30k_images"])
+def test_photographs_lie_where_their_archives_put_them(entities, name):
+    (entities / "images").rename(entities / name)
+    assert len(list(flickr30k_entities.read(entities, "test"))) == 1
+
+
 def test_entities_of_the_chain_of_unseen_things_are_no_region(entities):
     (entities / "Annotations/36979.xml").write_text(XML.replace("<name>2</name>", "<name>0</name>"))
     ((record, _),) = flickr30k_entities.read(entities, "test")
@@ -207,7 +213,7 @@ def test_entities_that_are_absent(entities, tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match=r"neither annotations\.zip nor the folders"):
         list(flickr30k_entities.read(entities, "test"))
     (entities / "images").rename(entities / "photos")
-    with pytest.raises(FileNotFoundError, match="no photographs; expected in it a folder images"):
+    with pytest.raises(FileNotFoundError, match="no photographs; expected in it a folder flickr30k-images, "):
         list(flickr30k_entities.read(entities, "test"))
 
 

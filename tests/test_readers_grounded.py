@@ -76,6 +76,13 @@ def test_odvg(tmp_path, name, image):
     ]
 
 
+def test_odvg_of_other_names(tmp_path):
+    place(tmp_path / "grit", "2405116.jpg")
+    write(tmp_path, GROUNDING, name="grit20m_vg.json")
+    ((record, _),) = odvg.read(tmp_path, "train", files=[tmp_path / "grit20m_vg.json"], images_at=[tmp_path / "grit"])
+    assert record.captions == [CAPTION]
+
+
 def test_odvg_that_is_wrong(tmp_path, caplog):
     place(tmp_path, "2405116.jpg")
     regions = GROUNDING["grounding"]["regions"]
@@ -151,6 +158,20 @@ def test_grit(tmp_path, unpacked):
     (expression,) = record.expressions
     assert expression.text == "a paper cover that reads we heart our customers"
     assert (expression.box_xyxy, expression.boxes_xyxy) == ((0, 50, 100, 75), [])
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+@pytest.mark.parametrize("ending", ["webp", "png", "jpeg"])
+def test_grit_in_other_formats(tmp_path, unpacked, ending):
+    document, image = json.dumps(ENTRY).encode(), jpeg(200, 100)
+    archive(tmp_path / "0.tar", {"000000012.json": document, f"000000012.{ending}": image})
+    if unpacked:
+        (tmp_path / "0").mkdir()
+        (tmp_path / "0.tar").unlink()
+        (tmp_path / "0/000000012.json").write_bytes(document)
+        (tmp_path / f"0/000000012.{ending}").write_bytes(image)
+    ((_, found),) = grit.read(tmp_path, "train")
+    assert found == image
 
 
 def test_grit_without_an_image(tmp_path, caplog):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from photographs import jpeg, place, real
+from pycocotools import mask
 
 from xvlm.data.readers import coco_json, csv_table, json_lines
 from xvlm.data.readers.entries import listing
@@ -73,6 +74,43 @@ def test_coco_json_that_is_wrong(tmp_path, annotation, message):
     (tmp_path / "train.json").write_text(json.dumps(FILE | {"annotations": [annotation]}))
     with pytest.raises(ValueError, match=message):
         list(coco_json.read(tmp_path, "train"))
+
+
+def test_coco_json_of_several_files_is_by_the_name_of_the_image(tmp_path):
+    place(tmp_path / "data", "a.jpg", "c.jpg")
+    thing = {"image_id": 1, "category_id": 0, "bbox": [10, 20, 30, 40]}
+    paths = []
+    for task, names, label in (("1", ["a.jpg"], "dog"), ("2", ["c.jpg", "a.jpg"], "cat")):  # ids begin at 1 in each
+        paths.append(tmp_path / task / "annotations/instances_default.json")
+        paths[-1].parent.mkdir(parents=True)
+        images = [{"id": i, "file_name": name} for i, name in enumerate(names, 1)]
+        said = [thing | {"image_id": image["id"]} for image in images]
+        categories = [{"id": 0, "name": label}]
+        paths[-1].write_text(json.dumps({"images": images, "annotations": said, "categories": categories}))
+    samples = coco_json.read(tmp_path, "train", files=paths, images_at=[tmp_path / "data"])
+    labels = {record.id: [one.label for one in record.objects] for record, _ in samples}
+    assert labels == {"a": ["dog", "cat"], "c": ["cat"]}
+    with pytest.raises(
+        FileNotFoundError, match=r"no train\.json or \*_train\.json or .* in it \(--file names another\)"
+    ):
+        list(coco_json.read(tmp_path, "train"))
+    with pytest.raises(FileNotFoundError, match=r"gone\.json: no such file"):
+        list(coco_json.read(tmp_path, "train", files=[*paths, tmp_path / "gone.json"]))
+
+
+def test_coco_json_keeps_outlines_or_says_that_it_does_not(tmp_path, caplog):
+    place(tmp_path, "a.jpg")
+    outlined = {"image_id": 1, "category_id": 0, "bbox": [10, 20, 30, 40]}
+    outlined |= {"segmentation": [[10, 20, 40, 20, 40, 60, 10, 60]]}
+    unboxed = {"image_id": 1, "caption": "a dog", "bbox": [], "segmentation": []}
+    (tmp_path / "train.json").write_text(
+        json.dumps(FILE | {"images": FILE["images"][:1], "annotations": [outlined, unboxed]})
+    )
+    ((record, _),) = coco_json.read(tmp_path, "train")
+    assert (record.objects[0].mask, record.captions) == (None, ["a dog"])
+    assert "1 outlines were left out (masks keeps them)" in caplog.text
+    ((record, _),) = coco_json.read(tmp_path, "train", masks=True)
+    assert mask.area(record.objects[0].mask.model_dump()) == 30 * 40
 
 
 def test_coco_json_of_turned_or_absent_images(tmp_path, caplog):
@@ -157,6 +195,8 @@ def test_a_table_of_captions_needs_no_boxes(tmp_path):
         ("image,x,y,width,height,text\na.jpg,60,20,90,70,a\n", r"line 2: box \(60, 20, 150, 90\) as left"),
         ("image,left,top,right,bottom,text\na.jpg,60,20,30,40,a\n", r"line 2: box \(60, 20, 30, 40\) as left"),
         ("image,x,y,width,height,label\na.jpg,,,,,dog\n", r"line 2: label 'dog', but x,y,width,height are empty"),
+        ("image,left,top,right,bottom,caption\na.jpg,1,2,30,40,a\n", r"line 2: a box, but text and label, which say"),
+        ("image,text,attributes\na.jpg,a,brown\n", r"line 2: attributes 'brown', but label is empty or absent"),
         ('image,text\na.jpg,"a\n', r"train\.csv line 2: not readable as CSV: unexpected end"),
     ],
 )
@@ -164,6 +204,29 @@ def test_tables_that_are_wrong(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as raised:
         table(tmp_path, text)
     assert "\n" not in str(raised.value)
+
+
+def test_a_table_may_hold_all_splits(tmp_path):
+    rows = "image,text,split\na.jpg,one,train\nb.jpg,two,val\nb.jpg,three,val\n"
+    assert [record.captions for record in table(tmp_path, rows)] == [["one"]]
+    ((record, _),) = csv_table.read(tmp_path, "val", files=[tmp_path / "train.csv"])
+    assert (record.captions, record.split) == (["two", "three"], "val")
+    with pytest.raises(ValueError, match=r"train\.csv: no row of split 'test'; it has train, val"):
+        list(csv_table.read(tmp_path, "test", files=[tmp_path / "train.csv"]))
+    for row, message in [
+        ("a.jpg,four,val", r"line 5: split 'val', but a\.jpg is of 'train' before"),
+        ("c.jpg,four,tran", r"line 5: split 'tran'; expected a name that begins with train, val"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            table(tmp_path, f"{rows}{row}\n")
+
+
+def test_several_tables_each_with_its_columns(tmp_path):
+    place(tmp_path, "a.jpg")
+    (tmp_path / "1.csv").write_text("image,x,y,width,height,label\na.jpg,10,20,30,40,dog\n")
+    (tmp_path / "2.csv").write_text("image,caption\na.jpg,a dog\n")
+    ((record, _),) = csv_table.read(tmp_path, "train", files=[tmp_path / "1.csv", tmp_path / "2.csv"])
+    assert (record.objects[0].box_xyxy, record.captions) == ((10, 20, 40, 60), ["a dog"])
 
 
 def test_a_table_in_another_encoding_or_without_an_image(tmp_path, caplog):
@@ -240,6 +303,10 @@ def test_json_lines_are_records_with_either_box(tmp_path):
         (
             {"image": "a.jpg", "objects": [{"box_xywh": [99, 0, 9, 9], "label": "a"}]},
             r"objects\.0: box \(99, 0, 108, 9\)",
+        ),
+        (
+            {"image": "a.jpg", "objects": [{"box_xyxy": [0.1, 0.2, 0.9, 1], "label": "a"}]},
+            r"line 1: objects\.0: box \(0\.1, 0\.2, 0\.9, 1\) as left.* look like shares",
         ),
     ],
 )

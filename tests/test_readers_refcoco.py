@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,27 @@ def test_grefcoco_with_several_targets_and_with_none(tmp_path):
     assert (cat.text, cat.box_xyxy, cat.boxes_xyxy, cat.mask) == ("the cat", None, [], None)
 
 
+@pytest.mark.parametrize("listed", ["38/images/38097.jpg", "38097.jpg"])
+@pytest.mark.parametrize("image", ["../images/saiapr_tc-12/38/images/38097.jpg", "saiapr_tc-12/38097.jpg"])
+def test_referit(tmp_path, listed, image):
+    photograph = {"file_name": listed, "height": 80, "width": 100, "id": 38097}
+    runs = {"size": [80, 100], "counts": [4800, 1600, 1600]}
+    tower = {"image_id": 38097, "id": 7, "category_id": 2, "bbox": [60, 0, 20, 80], "segmentation": [runs]}
+    instances = {"images": [photograph], "annotations": [tower], "categories": [{"id": 2, "name": "tower"}]}
+    folder = tmp_path / "refclef"
+    place(folder, image)
+    (folder / "instances.json").write_text(json.dumps(instances))
+    for by, part in (("unc", "testC"), ("berkeley", "test")):
+        said = ref(3, 7, part, sentence(9, f"tower by {by}")) | {"image_id": 38097, "file_name": "38097_7.jpg"}
+        (folder / f"refs({by}).p").write_bytes(b"\x80\x02" + python_2([said]) + b".")
+    ((record, _),) = refcoco.read(folder, "testC_unc")
+    assert (record.id, record.source, record.split, record.tags) == ("38097", "refclef", "test", ["testC"])
+    assert (record.expressions[0].text, record.expressions[0].box_xyxy) == ("tower by unc", (60, 0, 80, 80))
+    assert record.expressions[0].mask is not None
+    ((record, _),) = refcoco.read(folder, "test_berkeley")
+    assert (record.tags, record.expressions[0].text, record.same_as) == ([], "tower by berkeley", {})
+
+
 class Hostile:
     def __init__(self, path: Path):
         self.path = path
@@ -159,6 +181,24 @@ def test_pickles_of_any_protocol_with_plain_values_are_read(tmp_path, protocol):
     folder = write(tmp_path / "refcoco", REFS)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(REFS, protocol=protocol))
     assert len(next(refcoco.read(folder, "train"))[0].expressions) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"]r\xff\xff\xff\x00", "no expression of split 'train'"),  # the sixteen millionth value to remember
+        (b"\x96" + struct.pack("<Q", 1 << 28), "not readable as a pickle of plain values"),  # so many bytes, of none
+        (b"]q\x00" + b"(h\x00h\x00lq\x00" * 30, r"refs\(unc\)\.p: 0: "),  # a list twice in a list, and so on
+    ],
+)
+def test_a_pickle_takes_no_more_than_it_holds(tmp_path, content, message):
+    folder = write(tmp_path / "refcoco", REFS)
+    (folder / "refs(unc).p").write_bytes(b"\x80\x04" + content + b".")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        list(refcoco.read(folder, "train"))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_what_is_wrong_is_named(tmp_path, caplog):

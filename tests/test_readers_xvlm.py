@@ -1,7 +1,7 @@
 """X-VLM's lines for pre-training and the JSON arrays for fine-tuning: as the reference reads them, and broken ones."""
 
 import json
-from base64 import b64encode
+from base64 import b64encode, encodebytes
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,12 @@ def test_lines_for_pretraining(tmp_path, name):
     assert (second.captions, second.original_id, third.captions) == (["a", "b"], "a/1.jpg", ["c"])
 
 
+def test_base64_may_be_broken_into_lines(tmp_path):
+    write(tmp_path / "train.jsonl", LINE | {"binary": encodebytes(jpeg(100, 80)).decode()})
+    ((_, image),) = xvlm_jsonl.read(tmp_path, "train")
+    assert image == jpeg(100, 80)
+
+
 def test_lines_have_paths_from_the_folder_or_absolute(tmp_path):
     place(tmp_path, "elsewhere/1.jpg", "set/images/1.jpg")
     write(tmp_path / "set/val.jsonl", {"image": str(tmp_path / "elsewhere/1.jpg"), "caption": "a"}, {"image": "1.jpg"})
@@ -53,7 +59,7 @@ def test_lines_have_paths_from_the_folder_or_absolute(tmp_path):
 
 
 def test_lines_that_are_wrong(tmp_path, caplog):
-    with pytest.raises(FileNotFoundError, match=r"neither train\.jsonl, train\.json nor files in train/"):
+    with pytest.raises(FileNotFoundError, match=r"no train\.jsonl or train\.json or train/\*"):
         list(xvlm_jsonl.read(tmp_path, "train"))
     for line, message in [
         ({"caption": "a"}, r"train\.jsonl line 1: no image; expected it in binary"),
@@ -110,6 +116,10 @@ def test_pairs_become_statements_of_the_left_image(tmp_path):
     right, left = read(tmp_path, {"images": ["l.png", "r.png"], "sentence": "two dogs", "label": "True"})
     assert (right.id, right.statements) == ("r", [])
     assert left.statements == [Statement(text="two dogs", other="r", label=True)]
+    (tmp_path / "l.jpg").write_bytes(jpeg(9, 9))
+    pair = {"images": ["l.png", "l.jpg"], "sentence": "two dogs", "label": "False"}
+    right, left = read(tmp_path, pair)
+    assert left.statements[0].other == right.id != left.id
     alone = {"images": ["l.png", "gone.png"], "sentence": "two dogs", "label": "True"}
     (left,) = read(tmp_path, alone, allow_missing=True)
     assert (left.id, left.statements) == ("l", [])

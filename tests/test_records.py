@@ -56,6 +56,17 @@ def test_the_command_prints_a_schema_that_says_what_fields_are():
     assert "box around all" in schema["$defs"]["Expression"]["properties"]["box_xyxy"]["description"]
 
 
+def test_the_command_prints_a_schema_of_lines_that_people_write():
+    schema = json.loads(CliRunner().invoke(app, ["data", "schema", "--lines"]).stdout)
+    assert set(schema["properties"]) == {*Record.model_fields, "image", "image_base64"}
+    assert (schema["required"], len(schema["oneOf"]), schema["additionalProperties"]) == ([], 2, False)
+    for thing, needed in (("Region", ["descriptions"]), ("Object", ["label"]), ("Expression", ["text"])):
+        one = schema["$defs"][thing]
+        assert {"box_xyxy", "box_xywh"} <= one["properties"].keys()
+        assert one["required"] == needed
+        assert ("oneOf" in one) == (thing != "Expression")  # which may name nothing in the image
+
+
 @pytest.mark.parametrize("field", sorted(Record.model_fields))
 def test_the_page_names_every_field(field):
     assert f"`{field}`" in PAGE

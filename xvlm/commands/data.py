@@ -11,6 +11,9 @@ import typer
 from xvlm.config import validate
 from xvlm.prose import counted
 
+FILE = "Annotations, where they have another name than the reader looks for; may be repeated."
+IMAGES = "Folder of the images, where they are not where the reader looks for them; may be repeated."
+
 app = typer.Typer(no_args_is_help=True, help="Sources of data and shards.")
 
 
@@ -18,11 +21,13 @@ app = typer.Typer(no_args_is_help=True, help="Sources of data and shards.")
 def pack(
     reader: Annotated[str, typer.Argument(help="scenes, coco, csv_table, ...: docs/data.md has all.")],
     out: Annotated[Path, typer.Argument(help="Shards go to OUT/SPLIT.")],
-    folder: Annotated[Path | None, typer.Option(help="Folder of the public data.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder of the data. Default: that of the first --file.")] = None,
     split: Annotated[str, typer.Option(help="Which part.")] = "train",
+    file: Annotated[list[Path] | None, typer.Option(help=FILE)] = None,
+    images: Annotated[list[Path] | None, typer.Option(help=IMAGES)] = None,
     limit: Annotated[int | None, typer.Option(help="Records at most (scenes need a number).")] = None,
     allow_missing: Annotated[bool, typer.Option(help="Leave absent photographs out, and say which.")] = False,
-    masks: Annotated[bool, typer.Option(help="Of the reader coco: keep the outlines of objects too.")] = False,
+    masks: Annotated[bool, typer.Option(help="Of coco and coco_json: keep the outlines of things too.")] = False,
     allow_broken: Annotated[bool, typer.Option(help="Leave images out that cannot be decoded, and say which.")] = False,
     max_side: Annotated[int | None, typer.Option(min=1, help="Make larger images smaller: pixels.")] = None,
     avoid: Annotated[list[Path] | None, typer.Option(help="Packed evaluation set, none of whose images go in.")] = None,
@@ -34,6 +39,7 @@ def pack(
     from xvlm.data.shards import INDEX, REMARKS, read_remarks
 
     asked = {"reader": reader, "out": out, "folder": folder, "splits": {split: limit}, "allow_missing": allow_missing}
+    asked |= {"files": {split: file} if file else {}, "images": images or []}
     asked |= {"masks": masks, "allow_broken": allow_broken, "max_side": max_side, "avoid": avoid or [], "leaks": leaks}
     asked["workers"] = _cores() if workers is None else workers
     config = validate(packing.CorpusConfig, asked, "xvlm data pack")
@@ -54,6 +60,8 @@ def check(
     folder: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:); with --reader, a source.")],
     reader: Annotated[str | None, typer.Option(help="What reads the source.")] = None,
     split: Annotated[str, typer.Option(help="Which part of the source.")] = "train",
+    file: Annotated[list[Path] | None, typer.Option(help=FILE)] = None,
+    images: Annotated[list[Path] | None, typer.Option(help=IMAGES)] = None,
     allow_missing: Annotated[bool, typer.Option(help="Absent photographs are no problem.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="A kind of problem that is none here.")] = None,
     max_words: Annotated[int, typer.Option(min=1, help="Of a text.")] = 40,
@@ -74,7 +82,8 @@ def check(
         items = checking.packed(_packed(folder))
     else:
         asked = {"reader": reader, "out": folder, "folder": folder, "splits": {split: None}}
-        config = validate(CorpusConfig, asked | {"allow_missing": allow_missing}, "xvlm data check")
+        asked |= {"files": {split: file} if file else {}, "images": images or [], "allow_missing": allow_missing}
+        config = validate(CorpusConfig, asked, "xvlm data check")
         items = checking.read(read(config, split, None), folder)
     report = checking.check(
         items,
@@ -113,11 +122,14 @@ def stats(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of a record: the fields of json_lines and of the shards."""
+def schema(
+    lines: Annotated[bool, typer.Option("--lines", help="Of a line for the reader json_lines.")] = False,
+) -> None:
+    """Print the JSON schema of a record, as shards hold it; with --lines of one as you write it."""
+    from xvlm.data.readers import json_lines
     from xvlm.data.records import Record
 
-    typer.echo(json.dumps(Record.model_json_schema(), indent=2))
+    typer.echo(json.dumps(json_lines.schema() if lines else Record.model_json_schema(), indent=2))
 
 
 @app.command()

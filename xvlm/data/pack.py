@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from tqdm import tqdm
 
 from xvlm import hub
@@ -45,7 +45,10 @@ HELD_OUT = 10  # one image in so many, of a file that is to be trained and valid
 
 FINGERPRINT = "fingerprint"  # of the source, beside the index
 
-OWN = ("csv_table", "coco_json", "json_lines")  # readers of people's own files
+# Readers of files that may have any name; the others know theirs by their names.
+OF_FILES = ("csv_table", "coco_json", "json_lines", "xvlm_jsonl", "albef_json", "odvg")
+
+Paths = Annotated[list[Path], BeforeValidator(lambda given: given if isinstance(given, list) else [given])]  # or one
 
 
 class CorpusConfig(Configured):
@@ -54,11 +57,12 @@ class CorpusConfig(Configured):
     reader: Reader
     out: Path
     folder: Path | None = None  # of the public data; scenes need none, and files of your own bring their folder
-    # Of csv_table, coco_json and json_lines: a split's file, whatever its name. A `val` without one takes every tenth
+    # Of readers of files: a split's annotations, a file or several of any name. A `val` without one takes every tenth
     # image of train, beginning with the first, and leaves it the others.
-    files: dict[str, Path] = {}
+    files: dict[str, Paths] = {}
+    images: Paths = []  # folders that hold the photographs, where these are not in the places that the reader knows
     allow_missing: bool = False  # leave photographs out that are listed but absent, and say which
-    masks: bool = False  # of the reader coco: keep the outlines of objects too
+    masks: bool = False  # of the readers coco and coco_json: keep the outlines of things too
     splits: dict[str, int | None]  # how many records at most; null: all
     scenes: SceneConfig = SceneConfig()
     max_side: Annotated[int, Field(gt=0)] | None = None  # larger images are made smaller; null: bytes stay as they are
@@ -69,17 +73,17 @@ class CorpusConfig(Configured):
 
     @model_validator(mode="after")
     def masks_are_of_coco(self) -> "CorpusConfig":
-        if self.masks and self.reader != "coco":
-            raise ValueError(f"masks: a choice of the reader coco, not of {self.reader}")
+        if self.masks and self.reader not in ("coco", "coco_json"):
+            raise ValueError(f"masks: a choice of the readers coco and coco_json, not of {self.reader}")
         return self
 
     @model_validator(mode="after")
     def every_split_has_a_file(self) -> "CorpusConfig":
         if not self.files:
             return self
-        if self.reader not in OWN:
-            raise ValueError(f"files: {self.reader} reads a folder; {', '.join(OWN)} read files")
-        if missing := self.splits.keys() - self.files.keys() - {"val"} or {"train"} - self.files.keys():
+        if self.reader not in OF_FILES:
+            raise ValueError(f"files: {self.reader} reads a folder; {', '.join(OF_FILES)} read files")
+        if missing := self.splits.keys() - self.files.keys() - ({"val"} if "train" in self.files else set()):
             raise ValueError(f"files: none for {', '.join(sorted(missing))}")
         return self
 
@@ -176,7 +180,10 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
         return description | {"version": scenes.VERSION, "scenes": config.scenes.model_dump(mode="json")}
     description |= {"folder": str(config.folder.resolve()) if config.folder else None}
     if config.files:
-        description |= {"file": hub.sha256(_file(config, split)), "holds_out": config.holds_out}
+        digests = [hub.sha256(file) for file in _files(config, split)]
+        description |= {"files": digests, "holds_out": config.holds_out}
+    if config.images:
+        description["images"] = [str(folder.resolve()) for folder in config.images]
     return description
 
 
@@ -202,13 +209,15 @@ def read(
         return scenes.samples(config.scenes, split, limit)
     reader = import_module(f"xvlm.data.readers.{config.reader}")
     options: dict[str, Any] = {"allow_missing": config.allow_missing and (True if absent is None else absent)}
+    options["images_at"] = config.images
     if config.masks:
         options["masks"] = True
     if config.files:
-        file = _file(config, split)
-        samples = reader.read(_folder(config, split), split, file=file, **options)
-        if config.holds_out and split in ("train", "val"):
-            samples = _held_out(samples, split, file)
+        files = _files(config, split)
+        holds_out = config.holds_out and split in ("train", "val")
+        samples = reader.read(_folder(config, split), "train" if holds_out else split, files=files, **options)
+        if holds_out:
+            samples = _held_out(samples, split, files[0])
     elif config.folder is None:
         raise ValueError(f"corpus.folder: the reader {config.reader} needs the folder of the data (corpus.folder=...)")
     else:
@@ -221,7 +230,8 @@ def _held_out(samples: Iterable[tuple[Record, bytes]], split: str, file: Path) -
     number = -1
     for number, each in enumerate(samples):
         if (number % HELD_OUT == 0) == (split == "val"):
-            yield each
+            record, image = each
+            yield record.model_copy(update={"split": split}), image
     if number < 1:
         few = "no image" if number < 0 else "one image, which is held out as val"
         raise ValueError(f"{file}: there is {few}; expected two or more, or a file for val of its own")
@@ -229,16 +239,17 @@ def _held_out(samples: Iterable[tuple[Record, bytes]], split: str, file: Path) -
 
 def _folder(config: CorpusConfig, split: str) -> Path | None:
     """Where the data of a split are; files of your own bring their folder."""
-    return _file(config, split).parent if config.files and config.folder is None else config.folder
+    return _files(config, split)[0].parent if config.files and config.folder is None else config.folder
 
 
-def _file(config: CorpusConfig, split: str) -> Path:
-    """The file that a split is in.
+def _files(config: CorpusConfig, split: str) -> list[Path]:
+    """The files that a split is in.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: one is not there.
     """
-    file = config.files.get(split, config.files["train"])
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, for the split {split!r}")
-    return file
+    files = config.files.get(split) or config.files["train"]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file, for the split {split!r}")
+    return files

@@ -16,23 +16,22 @@ What a row has decides what it is (the reference's dataset/: re, vqa, nlvr, grou
 Boxes are ``xywh`` in pixels. The folder's name becomes the records' source. The file is held in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from xvlm.data.readers.entries import Four, entry, load, numbered, only, part_of
+from xvlm.data.readers.entries import Four, entry, files_of, load, numbered, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     corners,
-    identifier,
     known_as,
-    nearly_inside,
     record,
+    tidy,
 )
 from xvlm.data.readers.vqa import shares
 from xvlm.data.records import Expression, Question, Record, Statement
@@ -57,7 +56,14 @@ class Row(BaseModel):
     height: int | None = None
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per image, with all that its rows say.
 
     The weight of an answer is its share of a list of answers; of an answer that is no list, 0.5. A pair's statement is
@@ -66,6 +72,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name in the file's name that begins with train, val, dev or test.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -73,31 +81,31 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         ValueError: a file that does not follow the format; names the file, the row and the field.
     """
     part = part_of(folder, split)
-    path = only(folder, f"{split}.json", f"*_{split}.json")
-    if path is None:
-        raise FileNotFoundError(f"{folder}: neither {split}.json nor *_{split}.json")
     rows_of: dict[str, list[tuple[str, Row]]] = {}
     listed_by: dict[str, str] = {}
-    for where, row in numbered(f"{path}: row ", load(list[Row], path)):
-        with entry():
-            if bool(row.image) == (len(row.images) == 2):
-                raise ValueError(f"{where}: expected the path of one image, or of two in images")
-            for name in (row.image,) if row.image else reversed(row.images):
-                rows = rows_of.setdefault(name, [])
-                listed_by.setdefault(name, where)
-            rows.append((where, row))
+    for path in files_of(folder, files, f"{split}.json", f"*_{split}.json"):
+        for where, row in numbered(f"{path}: row ", load(list[Row], path)):
+            with entry():
+                if bool(row.image) == (len(row.images) == 2):
+                    raise ValueError(f"{where}: expected the path of one image, or of two in images")
+                row.images = [tidy(name) for name in row.images]
+                for name in (tidy(row.image),) if row.image else reversed(row.images):
+                    rows = rows_of.setdefault(name, [])
+                    listed_by.setdefault(name, where)
+                rows.append((where, row))
     source = folder.resolve().name
-    with Photographs(folder, ".", "images", allow_missing=allow_missing) as images:
+    with Photographs(folder, ".", "images", at=images_at, allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():
             with entry():
                 found = images.find(f"{listed_by[name]} lists it", name)
                 if found is not None:
-                    complete = [(where, row) for where, row in rows if all(images.locate(one) for one in row.images)]
-                    of = {"source": source, "split": part}
-                    yield _record(listed_by[name], name, complete, found, of), found.image
+                    of = {"id": images.id_of(name), "source": source, "split": part}
+                    yield _record(listed_by[name], name, rows, images, found, of), found.image
 
 
-def _record(where: str, name: str, rows: list[tuple[str, Row]], found: Found, of: dict[str, str]) -> Record:
+def _record(
+    where: str, name: str, rows: list[tuple[str, Row]], images: Photographs, found: Found, of: dict[str, str]
+) -> Record:
     captions: list[str] = []
     questions: list[Question] = []
     statements: list[Statement] = []
@@ -117,19 +125,19 @@ def _record(where: str, name: str, rows: list[tuple[str, Row]], found: Found, of
             elif row.images:
                 if not row.sentence or row.label is None:
                     raise ValueError(f"{where_said}: two images, but no sentence or no label")
-                other = identifier(row.images[1])
-                statements.append(Statement(text=row.sentence, other=other, label=row.label == "True"))
+                if images.locate(row.images[1]):
+                    other = images.id_of(row.images[1])
+                    statements.append(Statement(text=row.sentence, other=other, label=row.label == "True"))
             elif row.text and row.bbox is None:
                 captions.append(row.text)
             elif row.text:
                 if row.width is not None and row.height is not None:
                     found.check_size(row.width, row.height)
-                box = nearly_inside(where_said, corners(row.bbox), found.width, found.height)
+                box = found.nearly_inside(where_said, corners(row.bbox))
                 expressions.append(Expression(text=row.text, box_xyxy=box, id=str(row.ref_id)))
     return record(
         where,
         found,
-        id=identifier(name),
         captions=captions,
         questions=questions,
         statements=statements,

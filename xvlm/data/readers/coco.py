@@ -10,7 +10,7 @@ Boxes are ``xywh`` in pixels. Objects365 and the RefCOCO family write their boxe
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.dataclasses import dataclass
 
 from xvlm.data.readers.entries import Four, Number, by_id, entry, load
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, corners, known_as, record
 from xvlm.data.records import RLE, Object, is_mask
 
 SOURCE = "coco"
@@ -51,6 +51,9 @@ class RunLengths(BaseModel):
     counts: str | list[int]
 
 
+Outline = list[list[Number]] | RunLengths | list[RunLengths]  # polygons, or a mask or several
+
+
 @dataclass(slots=True)  # no model: Objects365 has millions of them
 class Instance:
     id: int
@@ -58,7 +61,7 @@ class Instance:
     category_id: int
     bbox: Four
     iscrowd: bool = False
-    segmentation: list[list[Number]] | RunLengths | list[RunLengths] = field(default_factory=list)
+    segmentation: Outline = field(default_factory=list)
 
 
 class Category(BaseModel):
@@ -87,6 +90,7 @@ def read(
     folder: Path,
     split: str,
     *,
+    images_at: Sequence[Path] = (),
     allow_missing: AllowMissing = False,
     require_boxes: bool = False,
     masks: bool = False,
@@ -99,6 +103,7 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: the name in the files' names, with or without a year: train, val2014, test2017.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are annotated but absent, and log how many; a list takes their names.
         require_boxes: refuse a split that has captions only.
         masks: also keep the objects' masks.
@@ -125,7 +130,7 @@ def read(
     captions = _captions(captions_at, captioned, photographs)
     instances = instances_of(instances_at, boxed, photographs, labels)
     licences = {one.id: f"{one.name} {one.url}".strip() for one in captioned.licenses + boxed.licenses}
-    with Photographs(folder, f"images/{split}", split, "images", allow_missing=allow_missing) as images:
+    with Photographs(folder, f"images/{split}", split, "images", at=images_at, allow_missing=allow_missing) as images:
         for photograph in photographs.values():
             with entry():
                 found = images.find(f"the annotations of {split} list image {photograph.id}", photograph.file_name)
@@ -141,7 +146,7 @@ def read(
                     source=SOURCE,
                     split=part,
                     captions=captions.get(photograph.id, []),
-                    objects=objects_of(instances_at, boxes, labels, photograph, masks),
+                    objects=objects_of(instances_at, boxes, labels, found, masks),
                     licence=licences.get(photograph.license, ""),
                     credit=photograph.flickr_url,
                     same_as=known_as(photograph.flickr_url),
@@ -188,7 +193,7 @@ def instances_of(
 
 
 def objects_of(
-    path: Path, instances: list[Instance], labels: dict[int, str], photograph: Photograph, masks: bool
+    path: Path, instances: list[Instance], labels: dict[int, str], found: Found, masks: bool
 ) -> list[Object]:
     """Annotations as objects, boxes cut off at the photograph's border; crowds and boxes without area are left out.
 
@@ -198,9 +203,9 @@ def objects_of(
     objects = []
     for annotation in instances:
         with entry(f"{path}: annotation {annotation.id}"):
-            box = inside(corners(annotation.bbox), photograph.width, photograph.height)
+            box = found.inside(corners(annotation.bbox))
             if box is not None and not annotation.iscrowd:
-                mask = mask_of(path, annotation, photograph) if masks else None
+                mask = outline_of(path, annotation, found) if masks else None
                 objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], mask=mask))
     return objects
 
@@ -213,12 +218,21 @@ def _known(path: Path, annotation: Caption | Instance, photographs: dict[int, Ph
         )
 
 
-def mask_of(path: Path, annotation: Instance, photograph: Photograph) -> RLE | None:
-    """Polygons or run lengths, one or several, as one mask; None where there is nothing that has an area."""
+def outline_of(path: Path, annotation: Instance, found: Found) -> RLE | None:
+    """The mask of an annotation, as :func:`mask_of`."""
+    where = f"{path}: annotation {annotation.id}"
+    return mask_of(where, annotation.segmentation, (found.width, found.height))
+
+
+def mask_of(where: str, shapes: Outline, size: tuple[int, int]) -> RLE | None:
+    """What outlines something in an image of ``size`` (width, height), as a mask; None where nothing has an area.
+
+    Raises:
+        ValueError: an outline that makes no sense there; says where.
+    """
     from pycocotools import mask as coco_mask
 
-    height, width = photograph.height, photograph.width
-    where, shapes = f"{path}: annotation {annotation.id}: segmentation", annotation.segmentation
+    where, (width, height) = f"{where}: segmentation", size
     encoded: list[Any] = []
     if isinstance(shapes, list) and all(isinstance(shape, list) for shape in shapes):
         for shape in shapes:

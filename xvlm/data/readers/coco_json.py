@@ -15,28 +15,31 @@ Boxes are ``xywh`` (left, top, width, height) in pixels of the stored image. The
 source. The file is held in memory. For COCO itself take :mod:`xvlm.data.readers.coco`.
 """
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
-from xvlm.data.readers.entries import Four, by_id, entry, load, numbered, only, part_of
+from xvlm.data.readers.coco import Outline, mask_of
+from xvlm.data.readers.entries import Four, by_id, entry, files_of, load, numbered, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     corners,
-    identifier,
     known_as,
-    nearly_inside,
     record,
+    tidy,
 )
 from xvlm.data.records import Object, Record, Region
 
 Id = int | str
+
+logger = logging.getLogger(__name__)
 
 
 class Picture(BaseModel):
@@ -48,7 +51,8 @@ class Picture(BaseModel):
 
 class Annotation(BaseModel):
     image_id: Id
-    bbox: Four | None = None
+    bbox: Annotated[Four | None, BeforeValidator(lambda box: None if box == [] else box)] = None
+    segmentation: Outline = []
     category_id: Id | None = None
     caption: str | None = None
     attributes: Any = None  # a list of words; some tools write flags of their own here
@@ -65,10 +69,25 @@ class File(BaseModel):
     categories: list[Category] = []
 
 
+class Listed(NamedTuple):
+    """What one file says of an image; each annotation with the name it has in messages."""
+
+    where: str
+    picture: Picture
+    said: list[tuple[str, Annotation]]
+    labels: dict[Id, str]
+
+
 def read(
-    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
+    masks: bool = False,
 ) -> Iterator[Sample]:
-    """Records and image bytes, as stored, in the order in which the file lists the images.
+    """Records and image bytes, as stored, in the order in which the files list the images; those of one name are one.
 
     An annotation with a box and a caption becomes a region, whatever its category; with a box and a category an object
     (its ``attributes``, if a list of words, too); with a caption alone a caption. Boxes are cut off at the border of
@@ -77,8 +96,10 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
-        file: of the annotations, where it has another name; None: the one of this split in the folder.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
+        masks: also keep what outlines the boxes.
 
     Raises:
         FileNotFoundError: no annotations, or an image is absent.
@@ -87,17 +108,37 @@ def read(
     """
     part = part_of(folder, split)
     names = (f"{split}.json", f"*_{split}.json")
-    path = file or only(folder, *names, *(f"annotations/{name}" for name in names), f"{split}/_annotations.coco.json")
-    if path is None:
-        raise FileNotFoundError(
-            f"{folder}: neither {split}.json nor *_{split}.json, in it or in annotations/ of it, nor "
-            f"{split}/_annotations.coco.json"
-        )
-    listed = load(File, path)
-    labels = {number: one.name for number, one in by_id(f"{path}: categories.", listed.categories).items()}
-    pictures = by_id(f"{path}: images.", listed.images)
+    names = (*names, *(f"annotations/{name}" for name in names), f"{split}/_annotations.coco.json")
+    listed_of: dict[str, list[Listed]] = defaultdict(list)
+    for path in files_of(folder, files, *names):
+        for listed in _listed(path):
+            listed_of[tidy(listed.picture.file_name)].append(listed)
+    source = folder.resolve().name
+    places, outlines = (f"images/{split}", split, "images", "."), 0
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
+        for file_name, listed in listed_of.items():
+            with entry():
+                found = images.find(f"{listed[0].where} lists it", file_name)
+                if found is None:
+                    continue
+                for _, picture, _, _ in listed:
+                    if picture.width is not None and picture.height is not None:
+                        found.check_size(picture.width, picture.height)
+                outlines += sum(bool(annotation.segmentation) for one in listed for _, annotation in one.said)
+                yield (
+                    _record(listed, found, masks, {"id": images.id_of(file_name), "source": source, "split": part}),
+                    found.image,
+                )
+    if outlines and not masks:
+        logger.warning("%s: %d outlines were left out (masks keeps them)", folder, outlines)
+
+
+def _listed(path: Path) -> Iterator[Listed]:
+    file = load(File, path)
+    labels = {number: one.name for number, one in by_id(f"{path}: categories.", file.categories).items()}
+    pictures = by_id(f"{path}: images.", file.images)
     said: dict[Id, list[tuple[str, Annotation]]] = defaultdict(list)
-    for where, annotation in numbered(f"{path}: annotations.", listed.annotations):
+    for where, annotation in numbered(f"{path}: annotations.", file.annotations):
         with entry():
             if annotation.image_id not in pictures:
                 raise ValueError(f"{where}: image_id {annotation.image_id!r} is not among the images that can be read")
@@ -109,50 +150,35 @@ def read(
             if annotation.caption is None and annotation.bbox is None:
                 raise ValueError(f"{where}: no caption and no bbox")
             said[annotation.image_id].append((where, annotation))
-    source = folder.resolve().name
-    with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
-        for picture in pictures.values():
-            with entry():
-                where = f"{path}: image {picture.id!r}"
-                found = images.find(f"{where} lists it", picture.file_name)
-                if found is None:
-                    continue
-                if picture.width is not None and picture.height is not None:
-                    found.check_size(picture.width, picture.height)
-                of = {"source": source, "split": part}
-                yield _record(where, picture, said[picture.id], labels, found, of), found.image
+    for picture in pictures.values():
+        yield Listed(f"{path}: image {picture.id!r}", picture, said[picture.id], labels)
 
 
-def _record(
-    where: str,
-    picture: Picture,
-    said: list[tuple[str, Annotation]],
-    labels: dict[Id, str],
-    found: Found,
-    of: dict[str, str],
-) -> Record:
+def _record(listed: list[Listed], found: Found, masks: bool, of: dict[str, str]) -> Record:
     captions: list[str] = []
     regions: list[Region] = []
     objects: list[Object] = []
-    for where_said, annotation in said:
-        with entry(where_said):
+    for where, annotation, labels in ((*said, one.labels) for one in listed for said in one.said):
+        with entry(where):
             text = annotation.caption
             if text is not None and not text.strip():
-                raise ValueError(f"{where_said}: caption is empty")
+                raise ValueError(f"{where}: caption is empty")
             if annotation.bbox is None:
                 captions.append(text.strip())
                 continue
-            box = nearly_inside(where_said, corners(annotation.bbox), found.width, found.height)
+            box = found.nearly_inside(where, corners(annotation.bbox))
+            mask = mask_of(where, annotation.segmentation, (found.width, found.height)) if masks else None
             if text is not None:
-                regions.append(Region(box_xyxy=box, descriptions=[text.strip()]))
+                regions.append(Region(box_xyxy=box, descriptions=[text.strip()], mask=mask))
             else:
                 given = annotation.attributes if isinstance(annotation.attributes, list) else []
                 words = [word for word in given if isinstance(word, str) and word.strip()]
-                objects.append(Object(box_xyxy=box, label=labels[annotation.category_id], attributes=words))
+                label = labels[annotation.category_id]
+                objects.append(Object(box_xyxy=box, label=label, attributes=words, mask=mask))
+    picture = listed[0].picture
     return record(
-        where,
+        listed[0].where,
         found,
-        id=identifier(picture.file_name),
         captions=captions,
         regions=regions,
         objects=objects,

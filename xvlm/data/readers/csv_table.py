@@ -18,24 +18,24 @@ The names of the columns decide what they are; any others are an error:
 - ``label``: what is in the box, the name of its class.
 - ``attributes``: adjectives for the label, separated by ``;``.
 - ``caption``: of the image, whether the row has a box or not.
+- ``split``: the part that the image is of (train, val, ...); one table may then hold all of them.
 
 Boxes are in pixels of the stored image. The folder's name becomes the records' source. The table is held in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xvlm.data.readers.entries import entry, load_table, part_of
+from xvlm.data.readers.entries import entry, files_of, load_table, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     corners,
-    identifier,
     known_as,
-    nearly_inside,
     record,
+    tidy,
 )
 from xvlm.data.records import Box, Object, Record, Region
 
@@ -44,10 +44,16 @@ CORNER_AND_SIZE = ("x", "y", "width", "height")
 TEXTS = ("text", "label", "caption")
 
 Row = dict[str, str]
+Said = tuple[str, Row, tuple[str, ...]]  # what a row is called in messages, the row, its table's columns of the box
 
 
 def read(
-    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per image, with all that its rows say.
 
@@ -57,48 +63,61 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
-        file: of the annotations, where it has another name; None: the one of this split in the folder.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
         FileNotFoundError: no table, or an image is absent.
         ValueError: columns that are missing or unknown, a row without text, a box that is incomplete, no numbers or
-            not in the image; names the file, the line and the column.
+            not in the image, attributes without a label, an image of two splits, or a split that no row is of; names
+            the file, the line and the column.
     """
     part = part_of(folder, split)
-    path = file or folder / f"{split}.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such table")
-    columns, rows_of = _table(path)
+    rows_of = _rows(files_of(folder, files, f"{split}.csv"), split)
     source = folder.resolve().name
-    with Photographs(folder, ".", "images", f"images/{split}", split, allow_missing=allow_missing) as images:
+    places = (".", "images", f"images/{split}", split)
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for name, rows in rows_of.items():
             with entry():
                 found = images.find(f"{rows[0][0]} lists it", name)
                 if found is not None:
-                    yield _record(name, rows, columns, found, {"source": source, "split": part}), found.image
+                    yield (
+                        _record(name, rows, found, {"id": images.id_of(name), "source": source, "split": part}),
+                        found.image,
+                    )
 
 
-def _table(path: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[str, Row]]]]:
-    """The columns of the box (none: no boxes), and of each image the rows with what they are called in messages."""
-    heading, rows = load_table(path)
-    columns = _box_columns(path, heading)
-    rows_of: dict[str, list[tuple[str, Row]]] = {}
-    for where, row in rows:
-        with entry():
-            if not row["image"]:
-                raise ValueError(f"{where}: image is empty")
-            rows_of.setdefault(row["image"], []).append((where, row))
-    return columns, rows_of
+def _rows(paths: Sequence[Path], split: str) -> dict[str, list[Said]]:
+    """The rows of each image that are of this split."""
+    rows_of: dict[str, list[Said]] = {}
+    split_of: dict[str, str] = {}
+    for path in paths:
+        heading, rows = load_table(path)
+        columns = _box_columns(path, heading)
+        for where, row in rows:
+            with entry():
+                name, named = tidy(row["image"]), row.get("split", split)
+                if not name:
+                    raise ValueError(f"{where}: image is empty")
+                part_of(where, named)
+                if (before := split_of.setdefault(name, named)) != named:
+                    raise ValueError(f"{where}: split {named!r}, but {name} is of {before!r} before; expected one")
+                if named == split:
+                    rows_of.setdefault(name, []).append((where, row, columns))
+    if split_of and not rows_of:
+        raise ValueError(f"{paths[0]}: no row of split {split!r}; it has {', '.join(sorted({*split_of.values()}))}")
+    return rows_of
 
 
 def _box_columns(path: Path, heading: list[str]) -> tuple[str, ...]:
+    """None: no boxes. Raises ValueError about columns that are missing or unknown."""
     known = (*EDGES, CORNER_AND_SIZE)
     layouts = [layout for layout in known if set(layout) <= set(heading)]
     box = layouts[0] if len(layouts) == 1 else ()
     meant = max(known, key=lambda layout: len(set(layout) & set(heading)))
     absent = [name for name in meant if name not in heading] if set(meant) & set(heading) else []
-    unknown = set(heading) - {"image", *meant, *TEXTS, "attributes"}
+    unknown = set(heading) - {"image", *meant, *TEXTS, "attributes", "split"}
     wrong = [
         *(["one only, so no commas between them"] if len(heading) == 1 else []),
         *([f"several of {name}" for name in dict.fromkeys(heading) if heading.count(name) > 1]),
@@ -112,16 +131,16 @@ def _box_columns(path: Path, heading: list[str]) -> tuple[str, ...]:
         boxes = " or ".join(",".join(layout) for layout in (*EDGES, CORNER_AND_SIZE))
         raise ValueError(
             f"{path}: columns: {'; '.join(wrong)}; expected image, a box as one of {boxes} or none, at least one of "
-            f"{','.join(TEXTS)}, and perhaps attributes; found {','.join(heading)}"
+            f"{','.join(TEXTS)}, and perhaps attributes, split; found {','.join(heading)}"
         )
     return box
 
 
-def _record(name: str, rows: list[tuple[str, Row]], columns: tuple[str, ...], found: Found, of: Row) -> Record:
+def _record(name: str, rows: list[Said], found: Found, of: dict[str, str]) -> Record:
     captions: list[str] = []
     regions: list[Region] = []
     objects: list[Object] = []
-    for where, row in rows:
+    for where, row, columns in rows:
         with entry(where):
             box = _box(where, row, columns, found)
             text, label, caption = (row.get(column, "") for column in TEXTS)
@@ -129,6 +148,10 @@ def _record(name: str, rows: list[tuple[str, Row]], columns: tuple[str, ...], fo
                 raise ValueError(f"{where}: no text; expected one in {', '.join(TEXTS)}")
             if label and box is None:
                 raise ValueError(f"{where}: label {label!r}, but {','.join(columns)} are empty")
+            if box is not None and not (text or label):
+                raise ValueError(f"{where}: a box, but text and label, which say what is in it, are empty or absent")
+            if row.get("attributes") and not label:
+                raise ValueError(f"{where}: attributes {row['attributes']!r}, but label is empty or absent")
             captions += [caption] if caption else []
             if text and box is None:
                 captions.append(text)
@@ -140,7 +163,6 @@ def _record(name: str, rows: list[tuple[str, Row]], columns: tuple[str, ...], fo
     return record(
         rows[0][0],
         found,
-        id=identifier(name),
         captions=list(dict.fromkeys(captions)),
         regions=regions,
         objects=objects,
@@ -160,4 +182,4 @@ def _box(where: str, row: Row, columns: tuple[str, ...], found: Found) -> Box | 
     except ValueError:
         raise ValueError(f"{where}: {','.join(columns)}: expected four numbers, found {','.join(cells)}") from None
     box = corners((a, b, c, d)) if columns == CORNER_AND_SIZE else (a, b, c, d)
-    return nearly_inside(where, box, found.width, found.height)
+    return found.nearly_inside(where, box)

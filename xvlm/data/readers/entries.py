@@ -9,13 +9,14 @@ import re
 from base64 import b64decode
 from codecs import BOM_UTF8
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, reduce
 from itertools import count, islice
 from operator import getitem
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -29,6 +30,9 @@ Four = tuple[Number, Number, Number, Number]  # a box as a file has it, in the f
 
 NAMED = 10  # files or fields that a message names
 
+_brief = Repr()  # never the whole of a value, which a pickle may say holds itself a billion times
+_brief.maxstring = _brief.maxother = 200
+_brief.maxlist = _brief.maxdict = 10
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as Python keeps them in texts
 _PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "val", "dev": "val", "test": "test"}
 
@@ -94,7 +98,7 @@ def _messages(document: Any, wrong: ValidationError) -> dict[Place, str]:
         message = error["msg"].removeprefix("Value error, ")
         if kind == "missing" and isinstance(way[-1], int):  # one for each number that a box lacks
             message = f"expected {way[-1] + 1} values"
-            expected[entry_at][place] = expected[entry_at][place][: -1 if way[-1] > len(value) else None]
+            expected[entry_at][place] = expected[entry_at][place][: -1 if way[-1] > len(error["input"]) else None]
         elif kind == "missing" and place == way[:-1]:
             place, value = way, list(value)
         elif kind == "extra_forbidden":  # only records forbid
@@ -102,7 +106,9 @@ def _messages(document: Any, wrong: ValidationError) -> dict[Place, str]:
         said = expected[entry_at][place]
         message = message.removeprefix("Input should be ") if said else message
         said += [] if message in said else [message]
-        found[place] = "" if kind in ("json_invalid", "value_error", "extra_forbidden") else f" (found {value!r:.200})"
+        found[place] = (
+            "" if kind in ("json_invalid", "value_error", "extra_forbidden") else f" (found {_brief.repr(value):.200})"
+        )
     return {
         entry_at: "; ".join(
             ": ".join(filter(None, [".".join(map(str, place)), " or ".join(said) + found[place]]))
@@ -254,7 +260,7 @@ def decoded(where: str, content: bytes) -> str:
 def decoded_64(where: str, text: str) -> bytes:
     """Bytes of a file that was written in base64. Raises ValueError unless that is what the text is."""
     try:
-        return b64decode(text, validate=True)
+        return b64decode("".join(text.split()), validate=True)  # MIME breaks lines
     except ValueError as error:
         raise ValueError(f"{where}: not base64: {error} (found {text[:40]!r} …)") from None
 
@@ -314,9 +320,28 @@ def only(folder: Path, *patterns: str) -> Path | None:
     return None
 
 
-def part_of(folder: Path, split: str) -> Literal["train", "val", "test"]:
-    """The part that a split's name begins with: train2014, validation and dev, testA."""
+def files_of(folder: Path, files: Sequence[Path], *patterns: str) -> Sequence[Path]:
+    """The files of annotations that were asked for by name; none: the one that :func:`only` finds.
+
+    Raises:
+        FileNotFoundError: one is not there, or nothing fits; says what would.
+    """
+    if absent := [path for path in files if not path.is_file()]:
+        raise FileNotFoundError(f"{absent[0]}: no such file")
+    if files:
+        return files
+    if (found := only(folder, *patterns)) is None:
+        raise FileNotFoundError(f"{folder}: no {' or '.join(patterns)} in it (--file names another)")
+    return [found]
+
+
+def part_of(where: Path | str, split: str) -> Literal["train", "val", "test"]:
+    """The part that a split's name begins with: train2014, validation and dev, testA.
+
+    Raises:
+        ValueError: it begins with none; says where.
+    """
     named = re.match("|".join(_PARTS), split)
     if named is None:
-        raise ValueError(f"{folder}: split {split!r}; expected a name that begins with {', '.join(_PARTS)}")
+        raise ValueError(f"{where}: split {split!r}; expected a name that begins with {', '.join(_PARTS)}")
     return _PARTS[named[0]]

@@ -3,7 +3,7 @@
 Files as published (Plummer et al. 2015, https://github.com/BryanPlummer/flickr30k_entities)::
 
     folder/train.txt                  one photograph a line, without the extension
-    folder/images/ID.jpg              or ID_HASH.jpg, as Flickr8k names them
+    folder/flickr30k-images/ID.jpg    or flickr30k_images/, images/; Flickr8k names them ID_HASH.jpg
     folder/annotations.zip            or unpacked:
     folder/Annotations/ID.xml         boxes of entity chains, in pixels of the original photograph
     folder/Sentences/ID.txt           captions: [/EN#283585/people A young child] is playing .
@@ -14,23 +14,26 @@ Boxes are ``xmin ymin xmax ymax`` in pixels counted from 1, the last ones inside
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
 from xvlm.data.readers.entries import decoded, entry
-from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, inside, record
+from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, record
 from xvlm.data.records import Box, Phrase, Record, Region
 
 SOURCE = "flickr30k_entities"
 LICENCE = "Flickr terms: non-commercial research and education only"
+PLACES = ("flickr30k-images", "flickr30k_images", "images")
 NOT_VISUAL = "0"  # the one chain id that phrases of different things share
 
 _SPAN = re.compile(r"\[/EN#(?P<chain>\d+)(?:/[^\s/\[\]]+)+ (?P<text>[^\[\]]+)\]")
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of the list ``{split}.txt``.
 
     A record has the captions without markup, one phrase per marked span (no boxes: nothing was drawn for it) and one
@@ -42,6 +45,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train, val or test.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -49,7 +53,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         ValueError: a file that does not follow the format; names the file, and the line or object in it.
     """
     names = _listed(folder, split)
-    with Photographs(folder, "images", allow_missing=allow_missing) as images:
+    with Photographs(folder, *PLACES, at=images_at, allow_missing=allow_missing) as images:
         annotations = _annotations(folder)
         for name in names:
             with entry():
@@ -97,7 +101,7 @@ def _text(annotations: Path | zipfile.Path, member: str) -> tuple[str, str]:
 
 def _record(name: str, split: str, found: Found, annotations: Path | zipfile.Path) -> Record:
     number = name.partition("_")[0]
-    boxes = _chains(*_text(annotations, f"Annotations/{number}.xml"), (found.width, found.height))
+    boxes = _chains(*_text(annotations, f"Annotations/{number}.xml"), found)
     captions = _captions(*_text(annotations, f"Sentences/{number}.txt"))
     descriptions: dict[str, dict[str, str]] = {}  # chain -> lower case -> as first written
     phrases = []
@@ -157,8 +161,8 @@ def _caption(where: str, line: str) -> _Caption:
     return caption
 
 
-def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]]:
-    """Boxes of each entity chain in pixels of an image of ``size`` (width, height); one box may be of several chains.
+def _chains(where: str, text: str, found: Found) -> dict[str, list[Box]]:
+    """Boxes of each entity chain in pixels of the photograph at hand; one box may be of several chains.
 
     Chains that were not drawn (``nobndbox``, ``scene``) have no entry.
     """
@@ -169,7 +173,7 @@ def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]
     annotated = _numbers(f"{where} size", root.find("size"), ("width", "height"))
     if min(annotated) <= 0:
         raise ValueError(f"{where} size: expected a width and height above 0, found {annotated}")
-    scale = [actual / given for actual, given in zip(size, annotated, strict=True)]
+    scale = [actual / given for actual, given in zip((found.width, found.height), annotated, strict=True)]
     chains: dict[str, list[Box]] = {}
     for i, thing in enumerate(root.iter("object"), 1):
         with entry():
@@ -180,7 +184,7 @@ def _chains(where: str, text: str, size: tuple[int, int]) -> dict[str, list[Box]
                 edges = ("xmin", "ymin", "xmax", "ymax")
                 xmin, ymin, xmax, ymax = _numbers(f"{where} object {i} bndbox", drawn, edges)
                 scaled = ((xmin - 1) * scale[0], (ymin - 1) * scale[1], xmax * scale[0], ymax * scale[1])
-                box = inside(scaled, *size)
+                box = found.inside(scaled)
                 if box is not None:
                     for name in names:
                         chains.setdefault(name, []).append(box)

@@ -4,23 +4,24 @@ As img2dataset downloads the published tables (Peng et al. 2023, https://hugging
 ``--save_additional_columns '["noun_chunks", "ref_exps"]'``, as tar files or unpacked::
 
     folder/00000.tar                 with 000000012.jpg and 000000012.json; or unpacked:
-    folder/00000/000000012.jpg
+    folder/00000/000000012.jpg       or .webp, .png, .jpeg
     folder/00000/000000012.json
 
 Boxes are ``x y x y`` (left top right bottom), shares of the image's width and height.
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel
 
 from xvlm.data.readers.entries import Number, checked, entry
-from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, inside, record
+from xvlm.data.readers.photographs import LARGEST, AllowMissing, Found, Photographs, Sample, around, record
 from xvlm.data.records import Box, Expression, Phrase, Record
 
 SOURCE = "grit"
+ENDINGS = (".jpg", ".webp", ".png", ".jpeg")  # as img2dataset was asked to write
 
 Tied = tuple[Number, Number, Number, Number, Number, Number, Number]  # start and end of the span, box, confidence
 
@@ -33,7 +34,9 @@ class Entry(BaseModel):
     ref_exps: list[Tied] = []
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of the files' names.
 
     Noun chunks become phrases of the caption, expressions what they are. Boxes without area are left out.
@@ -41,6 +44,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train; the data set has no other part.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave entries out whose image could not be downloaded, and log how many; a list takes their keys.
 
     Raises:
@@ -52,12 +56,12 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     archives, entries = sorted(folder.glob("*.tar")), sorted(folder.glob("*/*.json"))
     if not archives and not entries:
         raise FileNotFoundError(f"{folder}: neither tar files nor folders with .json and .jpg files")
-    with Photographs(folder, ".", allow_missing=allow_missing) as images:
+    with Photographs(folder, ".", at=images_at, allow_missing=allow_missing) as images:
         for path in entries:
             with entry():
                 described = checked(Entry, str(path), path.read_bytes())
-                name = str(path.relative_to(folder).with_suffix(".jpg"))
-                if (found := images.find(f"{path.name} describes it", name)) is not None:
+                names = [str(path.relative_to(folder).with_suffix(ending)) for ending in ENDINGS]
+                if (found := images.find(f"{path.name} describes it", *names)) is not None:
                     yield _record(str(path), described, found), found.image
         for path in archives:
             with entry():
@@ -77,7 +81,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes, bytes | None]]:
             for name, member in files.items():
                 if name.suffix == ".json":
                     with entry():
-                        image = files.get(name.with_suffix(".jpg"))
+                        beside = (files.get(name.with_suffix(ending)) for ending in ENDINGS)
+                        image = next(filter(None, beside), None)
                         yield f"{path}/{name}", _bytes(archive, member), _bytes(archive, image) if image else None
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # what ends a tar file
@@ -124,7 +129,7 @@ def _boxes(where: str, caption: str, tied: list[Tied], found: Found) -> dict[tup
                     f"{start:g} to {end:g}"
                 )
             w, h = found.width, found.height
-            box = inside((left * w, top * h, right * w, bottom * h), w, h)
+            box = found.inside((left * w, top * h, right * w, bottom * h))
             if box is not None:
                 boxes.setdefault((int(start), int(end)), []).append(box)
     return boxes

@@ -12,18 +12,19 @@
 Instead of ``image``, ``image_base64`` may have the file itself; then the line needs an ``id``. ``id``, ``source`` (else
 the folder's name), ``split``, ``width`` and ``height`` may be left out. Boxes are in pixels of the stored image, and
 named by their format: ``box_xyxy`` (left, top, right, bottom) or ``box_xywh`` (left, top, width, height). ``xvlm data
-schema`` prints all fields.
+schema --lines`` prints all fields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from xvlm.data.readers.entries import Four, decoded_64, entry, load_lines, part_of
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, identifier, known_as, record
-from xvlm.data.records import RLE, is_mask
+from xvlm.data.readers.entries import Four, decoded_64, entry, files_of, load_lines, part_of
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, corners, known_as, record, tidy
+from xvlm.data.records import RLE, Record, is_mask
 
 
 class Thing(BaseModel):
@@ -42,14 +43,16 @@ class Thing(BaseModel):
             raise ValueError(f"expected run lengths of all pixels of {mask.size}, found counts {mask.counts!r:.80}")
         return mask
 
-    def fields(self, where: str) -> dict[str, Any]:
+    def fields(self, where: str, found: Found) -> dict[str, Any]:
         """Its fields with the box as ``box_xyxy``."""
         given = self.model_dump(exclude={"box_xywh"}, exclude_unset=True)
-        if self.box_xywh is None:
-            return given
-        if "box_xyxy" in given:
-            raise ValueError(f"{where}: a box as box_xyxy and as box_xywh; expected one of them")
-        return given | {"box_xyxy": corners(self.box_xywh)}
+        if self.box_xywh is not None:
+            if "box_xyxy" in given:
+                raise ValueError(f"{where}: a box as box_xyxy and as box_xywh; expected one of them")
+            given["box_xyxy"] = corners(self.box_xywh)
+        if given.get("box_xyxy"):
+            found.check_pixels(where, given["box_xyxy"])
+        return given
 
 
 class Line(BaseModel):
@@ -67,8 +70,32 @@ class Line(BaseModel):
     expressions: list[Thing] = []
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of a line: a record's, with the image, either box, and what may be left out."""
+    line = Record.model_json_schema()
+    line |= {"title": "Line", "description": "One image and its annotations, as a line of a file."}
+    line["properties"] |= Line.model_json_schema()["properties"] | {
+        kind: line["properties"][kind] for kind in ("regions", "objects", "expressions")
+    }
+    line["required"] = []
+    line["oneOf"] = [{"required": ["image"]}, {"required": ["image_base64", "id"]}]
+    for thing in ("Region", "Object", "Expression"):
+        one = line["$defs"][thing]
+        meaning = {"title": "Box Xywh", "description": "Left, top, width, height, instead of box_xyxy."}
+        one["properties"]["box_xywh"] = one["properties"]["box_xyxy"] | meaning
+        if "box_xyxy" in one["required"]:
+            one["required"].remove("box_xyxy")
+            one["oneOf"] = [{"required": ["box_xyxy"]}, {"required": ["box_xywh"]}]
+    return line
+
+
 def read(
-    folder: Path, split: str, *, file: Path | None = None, allow_missing: AllowMissing = False
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
 ) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of the lines.
 
@@ -77,7 +104,8 @@ def read(
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
-        file: of the annotations, where it has another name; None: the one of this split in the folder.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -85,12 +113,11 @@ def read(
         ValueError: a line that is no record; names the file, the line, the field and what was found.
     """
     part = part_of(folder, split)
-    path = file or folder / f"{split}.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    paths = files_of(folder, files, f"{split}.jsonl")
     source = folder.resolve().name
-    with Photographs(folder, ".", "images", f"images/{split}", split, allow_missing=allow_missing) as images:
-        for where, line in load_lines(Line, path):
+    places = (".", "images", f"images/{split}", split)
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
+        for where, line in chain.from_iterable(load_lines(Line, path) for path in paths):
             with entry():
                 if bool(line.image) == bool(line.image_base64) or not (line.image or line.id):
                     raise ValueError(f"{where}: expected the path of an image in image, or image_base64 and an id")
@@ -104,11 +131,11 @@ def read(
                 if line.width is not None and line.height is not None:
                     found.check_size(line.width, line.height)
                 boxed = {
-                    kind: [thing.fields(f"{where}: {kind}.{i}") for i, thing in enumerate(getattr(line, kind))]
+                    kind: [thing.fields(f"{where}: {kind}.{i}", found) for i, thing in enumerate(getattr(line, kind))]
                     for kind in ("regions", "objects", "expressions")
                 }
                 ours = {
-                    "id": line.id or identifier(line.image),
+                    "id": line.id or images.id_of(tidy(line.image)),
                     "source": source,
                     "split": part,
                     "original_id": line.image,

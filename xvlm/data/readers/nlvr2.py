@@ -9,7 +9,7 @@ Files as published (Suhr et al. 2019, https://github.com/lil-lab/nlvr), JSON lin
 No boxes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,9 @@ class Line(BaseModel):
     right_url: str = ""
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: the right photograph of a pair, then the left one with the statements.
 
     A pair of which one photograph is absent is left out as a whole.
@@ -39,6 +41,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train, dev, test1 or test2.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave pairs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -56,7 +59,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
             if not pair or not sentence.isdigit():
                 raise ValueError(f"{where}: identifier {line.identifier!r}; expected one like train-10171-0-0")
             lines_of.setdefault(pair, []).append((where, line))
-    with Photographs(folder, f"images/{split}", split, "images", allow_missing=allow_missing) as images:
+    with Photographs(folder, f"images/{split}", split, "images", at=images_at, allow_missing=allow_missing) as images:
         for pair, lines in lines_of.items():
             with entry():
                 where, first = lines[0]

@@ -11,7 +11,7 @@ Boxes are ``xywh`` in pixels. The file is held in memory, as objects that take s
 2's train, gigabytes itself, needs a large machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xvlm.data.readers.coco import InstanceFile, instances_of, labels_of, objects_of
@@ -21,7 +21,9 @@ from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, rec
 SOURCE = "objects365"
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, of the photographs that have objects, in the file's order.
 
     Boxes are cut off at the border of the image; crowds and boxes without area are left out.
@@ -29,6 +31,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train or val.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -43,7 +46,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     file = load(InstanceFile, path)
     photographs, labels = by_id(f"{path}: images.", file.images), labels_of(path, file)
     instances = instances_of(path, file, photographs, labels)
-    with Photographs(folder, f"images/{split}", split, "images", ".", allow_missing=allow_missing) as images:
+    places = (f"images/{split}", split, "images", ".")
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for photograph in photographs.values():
             with entry():
                 if photograph.id not in instances:
@@ -60,7 +64,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                     id=str(photograph.id),
                     source=SOURCE,
                     split=part,
-                    objects=objects_of(path, instances[photograph.id], labels, photograph, masks=False),
+                    objects=objects_of(path, instances[photograph.id], labels, found, masks=False),
                     original_id=photograph.file_name,
                 )
                 yield made, found.image

@@ -10,22 +10,21 @@ in the folder or in annotations/::
 Boxes are ``xyxy`` in pixels. The folder's name becomes the records' source. The file is held in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.entries import Four, entry, load, load_lines, numbered, only, part_of
+from xvlm.data.readers.entries import Four, entry, files_of, load, load_lines, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
     Photographs,
     Sample,
     around,
-    identifier,
-    inside,
     known_as,
     record,
+    tidy,
 )
 from xvlm.data.records import Box, Object, Phrase, Record, Region
 
@@ -59,7 +58,17 @@ class Line(BaseModel):
     detection: Detection | None = None
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+Said = tuple[str, Line, dict[str, str]]  # what a line is called in messages, the line, the labels of its file
+
+
+def read(
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per photograph, with all that its lines say.
 
     A line with ``grounding`` gives a caption, a region per entry (the box around all of its boxes) and, where
@@ -69,6 +78,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name in the file's name that begins with train, val, dev or test.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -77,31 +88,31 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     """
     part = part_of(folder, split)
     names = (f"{split}.jsonl", f"{split}.json", f"*{split}*.jsonl", f"*{split}*_vg.json", f"*{split}*_od*.json")
-    path = only(folder, *names, *(f"annotations/{name}" for name in names))
-    if path is None:
-        raise FileNotFoundError(f"{folder}: none of {', '.join(names)}, in it or in annotations/ of it")
-    labels_at = only(path.parent, "*label_map*.json") or only(folder, "*label_map*.json")
-    labels = load(dict[str, str], labels_at) if labels_at else {}
-    lines_of: dict[str, list[tuple[str, Line]]] = {}
-    for where, line in load_lines(Line, path):
-        lines_of.setdefault(line.filename, []).append((where, line))
+    lines_of: dict[str, list[Said]] = {}
+    for path in files_of(folder, files, *names, *(f"annotations/{name}" for name in names)):
+        labels_at = only(path.parent, "*label_map*.json") or only(folder, "*label_map*.json")
+        labels = load(dict[str, str], labels_at) if labels_at else {}
+        for where, line in load_lines(Line, path):
+            lines_of.setdefault(tidy(line.filename), []).append((where, line, labels))
     source = folder.resolve().name
-    with Photographs(folder, split, f"images/{split}", "images", ".", allow_missing=allow_missing) as images:
+    places = (split, f"images/{split}", "images", ".")
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for name, lines in lines_of.items():
             with entry():
                 found = images.find(f"{lines[0][0]} lists it", name)
                 if found is not None:
-                    yield _record(name, lines, labels, found, {"source": source, "split": part}), found.image
+                    yield (
+                        _record(name, lines, found, {"id": images.id_of(name), "source": source, "split": part}),
+                        found.image,
+                    )
 
 
-def _record(
-    name: str, lines: list[tuple[str, Line]], labels: dict[str, str], found: Found, of: dict[str, str]
-) -> Record:
+def _record(name: str, lines: list[Said], found: Found, of: dict[str, str]) -> Record:
     captions: list[str] = []
     regions: list[Region] = []
     phrases: list[Phrase] = []
     objects: list[Object] = []
-    for where, line in lines:
+    for where, line, labels in lines:
         with entry():
             found.check_size(line.width, line.height)
             if line.grounding is None and line.detection is None:
@@ -125,7 +136,6 @@ def _record(
     return record(
         lines[0][0],
         found,
-        id=identifier(name),
         captions=captions,
         regions=regions,
         phrases=phrases,
@@ -138,7 +148,7 @@ def _record(
 
 def _boxes(grounded: Grounded, found: Found) -> list[Box]:
     given = grounded.bbox if isinstance(grounded.bbox, list) else [grounded.bbox]
-    clipped = (inside(box, found.width, found.height) for box in given)
+    clipped = (found.inside(box) for box in given)
     return [box for box in clipped if box is not None]
 
 
@@ -160,7 +170,7 @@ def _objects(where: str, detection: Detection, labels: dict[str, str], found: Fo
             label = one.category or labels.get(str(one.label))
             if label is None:
                 raise ValueError(f"{one_at}: no category, and label {one.label!r} in no label_map")
-            box = inside(one.bbox, found.width, found.height)
+            box = found.inside(one.bbox)
             if box is not None:
                 objects.append(Object(box_xyxy=box, label=label))
     return objects

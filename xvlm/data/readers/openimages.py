@@ -16,14 +16,15 @@ Boxes are ``XMin XMax YMin YMax``, shares of the image's width and height. Rows 
 photograph follow each other, as they do in the published files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, FiniteFloat
 
 from xvlm.data.readers.entries import Kind, checked, entry, load_cells, load_table, only, part_of
-from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, inside, known_as, record
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, known_as, record
 from xvlm.data.records import Object
 
 SOURCE = "openimages"
@@ -36,7 +37,8 @@ class Row(BaseModel):
     XMax: FiniteFloat
     YMin: FiniteFloat
     YMax: FiniteFloat
-    IsGroupOf: bool = False
+    IsGroupOf: bool | Literal["-1"] = False  # -1: not asked, as of the boxes that a machine drew
+    Confidence: FiniteFloat = 1.0  # 0: people said it is not there
 
 
 class Origin(BaseModel):
@@ -46,14 +48,18 @@ class Origin(BaseModel):
     Author: str = ""
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order in which the boxes list the photographs.
 
-    Boxes of groups ("more than five of these") and boxes without area are left out.
+    Boxes of groups ("more than five of these"), of things that are not there (Confidence 0) and boxes without area are
+    left out.
 
     Args:
         folder: see the module's docstring for the files in it.
         split: train, validation or test.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -71,7 +77,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     origins = {origin.ImageID: origin for _, origin in _rows(Origin, origins_at)} if origins_at else {}
     done: set[str] = set()
     places = (split, f"images/{split}", f"{split}/data", "images")
-    with Photographs(folder, *places, allow_missing=allow_missing) as images:
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for image_id, rows in groupby(_rows(Row, boxes_at), key=lambda pair: pair[1].ImageID):
             with entry():
                 if image_id in done:
@@ -103,8 +109,9 @@ def _objects(where: str, row: Row, labels: dict[str, str], found: Found) -> list
     if row.LabelName not in labels:
         raise ValueError(f"{where}: LabelName {row.LabelName!r} is not among the {len(labels)} classes")
     shares = (row.XMin * found.width, row.YMin * found.height, row.XMax * found.width, row.YMax * found.height)
-    box = inside(shares, found.width, found.height)
-    return [] if box is None or row.IsGroupOf else [Object(box_xyxy=box, label=labels[row.LabelName])]
+    box = found.inside(shares)
+    meant = row.IsGroupOf is not True and row.Confidence > 0
+    return [Object(box_xyxy=box, label=labels[row.LabelName])] if meant and box is not None else []
 
 
 def _either(name: str) -> tuple[str, str]:

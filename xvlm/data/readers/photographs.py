@@ -1,12 +1,17 @@
 """What readers share beside files of annotations: photographs found, and what is said of them.
 
-A reader is a module with ``read(folder, split, *, allow_missing=False) -> Iterator[Sample]``, named in
-:class:`xvlm.data.pack.CorpusConfig`. Its docstring shows the files it expects and states their box format. It reads
-them with :mod:`xvlm.data.readers.entries`, so that a check can go on behind what is wrong.
+A reader is a module with ``read(folder, split, *, images_at=(), allow_missing=False) -> Iterator[Sample]``, named in
+:class:`xvlm.data.pack.CorpusConfig`. One whose annotations may have any name takes ``files``, too. Its docstring shows
+the files it expects and states their box format. It reads them with :mod:`xvlm.data.readers.entries`, so that a check
+can go on behind what is wrong.
 """
 
 import logging
+import posixpath
 import re
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +27,15 @@ Sample = tuple[Record, bytes]
 AllowMissing = bool | list[str]  # false: an absent photograph is an error; a list takes the names of the absent ones
 
 MARGIN = 0.02  # of the image's side
+SMALLEST = 8  # pixels of a side, of an image in which a box of one pixel is no mistake
+CUT = "boxes cut off at the border of their image, by a pixel or more"
+LEFT_OUT = "boxes left out, without area in their image"
 LARGEST = 256 * 1024**2  # bytes of an image
 SECONDS = 30.0  # that a server may be silent
 
 logger = logging.getLogger(__name__)
 
+_SUFFIX = re.compile(r"(?<=[^/])\.[^/.?]*$")
 _COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)(?:_\d+)?\.")
 _FLICKR_URL = re.compile(r"static\.?flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
 
@@ -36,13 +45,17 @@ _FLICKR_URL = re.compile(r"static\.?flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
 
 
 class Found(NamedTuple):
-    """A photograph: what asks for it, where it is, its bytes as stored and its size in pixels."""
+    """A photograph: what asks for it, where it is, its bytes as stored and its size in pixels.
+
+    ``boxes`` counts those that are cut off or left out, of all photographs together.
+    """
 
     listed: str
     path: Path | str
     image: bytes
     width: int
     height: int
+    boxes: Counter[str]
 
     def check_size(self, width: int, height: int) -> None:
         """Raises ValueError unless the image has the size in whose pixels its boxes are."""
@@ -52,24 +65,81 @@ class Found(NamedTuple):
                 f"({self.listed})"
             )
 
+    def inside(self, box_xyxy: Box) -> Box | None:
+        """The part of a box in the image; None where there is none.
+
+        For a check, a box that would lose a pixel or more, or has no area, stays as it is.
+        """
+        x0, y0, x1, y1 = box_xyxy
+        left, right = (min(max(edge, 0.0), float(self.width)) for edge in (x0, x1))
+        top, bottom = (min(max(edge, 0.0), float(self.height)) for edge in (y0, y1))
+        part, has_area = (left, top, right, bottom), left < right and top < bottom
+        if has_area and all(abs(a - b) < 1 for a, b in zip(part, box_xyxy, strict=True)):
+            return part
+        if is_unchecked():
+            return box_xyxy
+        self.boxes[CUT if has_area else LEFT_OUT] += 1
+        return part if has_area else None
+
+    def nearly_inside(self, where: str, box_xyxy: Box) -> Box:
+        """As :meth:`inside`, of a box that may leave the image by no more than rounding and careless drawing explain.
+
+        A box in another format than stated, or of an image of another size, tends to leave it by more.
+
+        Raises:
+            ValueError: no area in the image, out of it by more than ``MARGIN`` of its side, or as
+                :meth:`check_pixels`; says where, and which box.
+        """
+        self.check_pixels(where, box_xyxy)
+        left, top, right, bottom = box_xyxy
+        box = self.inside(box_xyxy)
+        if is_unchecked():
+            return box
+        out_x, out_y = max(-left, right - self.width), max(-top, bottom - self.height)
+        if box is None or out_x > MARGIN * self.width or out_y > MARGIN * self.height:
+            raise ValueError(
+                f"{where}: box {_numbers(box_xyxy)} as left, top, right, bottom; expected one with an area, inside the "
+                f"{self.width}x{self.height} image or out of it by {MARGIN:.0%} of its side at most"
+            )
+        return box
+
+    def check_pixels(self, where: str, box_xyxy: Box) -> None:
+        """Raises ValueError about a box in the image's first pixel: its numbers are shares of the size."""
+        if not is_unchecked() and all(0 <= edge <= 1 for edge in box_xyxy) and max(self.width, self.height) > SMALLEST:
+            raise ValueError(
+                f"{where}: box {_numbers(box_xyxy)} as left, top, right, bottom; expected pixels of the "
+                f"{self.width}x{self.height} image, these look like shares of it"
+            )
+
+
+def _numbers(box: Box) -> str:
+    return f"({', '.join(f'{edge:g}' for edge in box)})"
+
 
 class Photographs:
-    """Image files of a data set, wherever its copies keep them. A context: leaving it logs how many were absent.
+    """Image files of a data set, wherever its copies keep them.
+
+    A context: leaving it logs how many were absent, and how many boxes were cut off or left out.
 
     Args:
         folder: of the data set.
         places: folders in it that may hold the photographs, in the order in which they are searched.
+        at: the folders that hold them, where these are none of the places.
 
     Raises:
-        FileNotFoundError: none of the places is there; names them.
+        FileNotFoundError: none of the places is there, or not all of ``at``; names them.
     """
 
-    def __init__(self, folder: Path, *places: str, allow_missing: AllowMissing = False):
-        self.places = [folder / place for place in places if (folder / place).is_dir()]
+    def __init__(self, folder: Path, *places: str, at: Sequence[Path] = (), allow_missing: AllowMissing = False):
+        if absent := [place for place in at if not place.is_dir()]:
+            raise FileNotFoundError(f"{absent[0]}: no such folder of photographs")
+        self.places = list(at) or [folder / place for place in places if (folder / place).is_dir()]
         if not self.places:
             raise FileNotFoundError(f"{folder}: no photographs; expected in it a folder {', '.join(places)}")
         self.allow_missing = allow_missing
         self.absent: list[str] = []
+        self.boxes: Counter[str] = Counter()
+        self.names: dict[str, str] = {}  # of the image that has an id
         self.asked = 0
 
     def __enter__(self) -> "Photographs":
@@ -81,6 +151,8 @@ class Photographs:
             logger.warning(
                 "%s: %d of %d photographs are absent: %s", self.places[0], len(self.absent), self.asked, named
             )
+        for what, count in self.boxes.items():
+            logger.warning("%s: %s: %d (xvlm data check --reader lists them)", self.places[0], what, count)
 
     def find(self, listed: str, *names: str) -> Found | None:
         """The photograph that has one of these names, paths from one of the places; None: absent, which is allowed.
@@ -107,12 +179,19 @@ class Photographs:
         """Where the photograph is that has one of these names; None: nowhere."""
         return next((path for place in self.places for name in names if _is_file(path := place / name)), None)
 
+    def id_of(self, name: str) -> str:
+        """An id for the image of this name: :func:`identifier`, with a digest behind it where another one has that."""
+        plain = identifier(name)
+        if self.names.setdefault(plain, name) == name:
+            return plain
+        return f"{plain}_{sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
     def take(self, listed: str, name: str, path: Path | str, image: bytes | None) -> Found | None:
         """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
         self.asked += 1
         if image is not None:
             try:
-                return Found(listed, path, image, *open_image(image).size)
+                return Found(listed, path, image, *open_image(image).size, self.boxes)
             except Undecodable as error:
                 raise ValueError(f"{path}: {error} ({listed})") from None
         if self.allow_missing is False:
@@ -155,8 +234,13 @@ def record(where: str, found: Found, **said: Any) -> Record:
 
 
 def identifier(name: str) -> str:
-    """An id out of a path: ``val2014/a.b.jpg`` is ``val2014_a_b``."""
-    return re.sub(r"[/\\.]+", "_", name.rpartition(".")[0] or name).strip("_")
+    """An id out of a path or URL, without its suffix: ``val2014/a.b.jpg`` is ``val2014_a_b``."""
+    return re.sub(r'[/\\.:?*"<>|]+', "_", _SUFFIX.sub("", name)).strip("_")
+
+
+def tidy(name: str) -> str:
+    """A path as the one of all that lead to the same image (``./a.jpg`` is ``a.jpg``); a URL as it is."""
+    return name if "://" in name or not name else posixpath.normpath(name)
 
 
 def known_as(*names: str) -> dict[str, str]:
@@ -164,42 +248,6 @@ def known_as(*names: str) -> dict[str, str]:
     patterns = {"coco": _COCO_NAME, "flickr": _FLICKR_URL}
     searched = ((key, pattern.search(name)) for name in names for key, pattern in patterns.items())
     return {key: match[1] for key, match in searched if match}
-
-
-def inside(box_xyxy: Box, width: int, height: int) -> Box | None:
-    """The part of a box in an image of this size; None where there is none.
-
-    For a check, a box that would lose a pixel or more, or has no area, stays as it is.
-    """
-    x0, y0, x1, y1 = box_xyxy
-    left, right = (min(max(edge, 0.0), float(width)) for edge in (x0, x1))
-    top, bottom = (min(max(edge, 0.0), float(height)) for edge in (y0, y1))
-    part, has_area = (left, top, right, bottom), left < right and top < bottom
-    if is_unchecked() and not (has_area and all(abs(a - b) < 1 for a, b in zip(part, box_xyxy, strict=True))):
-        return box_xyxy
-    return part if has_area else None
-
-
-def nearly_inside(where: str, box_xyxy: Box, width: int, height: int) -> Box:
-    """As :func:`inside`, of a box that may leave the image by no more than rounding and careless drawing explain.
-
-    A box in another format than stated, or of an image of another size, tends to leave it by more.
-
-    Raises:
-        ValueError: no area in the image, or out of it by more than ``MARGIN`` of its side; says where, and which box.
-    """
-    left, top, right, bottom = box_xyxy
-    box = inside(box_xyxy, width, height)
-    if is_unchecked():
-        return box
-    out_x, out_y = max(-left, right - width), max(-top, bottom - height)
-    if box is None or out_x > MARGIN * width or out_y > MARGIN * height:
-        edges = ", ".join(f"{edge:g}" for edge in box_xyxy)
-        raise ValueError(
-            f"{where}: box ({edges}) as left, top, right, bottom; expected one with an area, inside the "
-            f"{width}x{height} image or out of it by {MARGIN:.0%} of its side at most"
-        )
-    return box
 
 
 def corners(box_xywh: Box) -> Box:

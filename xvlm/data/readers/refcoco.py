@@ -6,7 +6,8 @@ Files as published (Kazemzadeh et al. 2014, Yu et al. 2016, https://github.com/l
     folder/refs(unc).p                 or (google), (umd), (berkeley); refs(unc).json; gRefCOCO: grefs(unc).json
     folder/instances.json              COCO's format; gRefCOCO's own, with other annotations
     folder/images/FILE                 or COCO's train2014 in the folder, in its parent, in images/ or
-                                       images/mscoco/images/ of either; ReferIt: saiapr_tc-12 likewise
+                                       images/mscoco/images/ of either; ReferIt: saiapr_tc-12 likewise, with
+                                       38/images/38097.jpg in it, or 38097.jpg
 
 Boxes are ``xywh`` in pixels. Several files of refs may lie in the folder: a split then says which, ``val_umd``. The
 folder's name becomes the records' source. Other JSON forms of the same sets: :mod:`xvlm.data.readers.refcoco_json`.
@@ -15,22 +16,22 @@ folder's name becomes the records' source. Other JSON forms of the same sets: :m
 import io
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.coco import Instance, InstanceFile, Photograph, mask_of, united
+from xvlm.data.readers.coco import Instance, InstanceFile, Photograph, outline_of, united
 from xvlm.data.readers.entries import by_id, checked, entry, load, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
+    Found,
     Photographs,
     Sample,
     around,
     corners,
     known_as,
-    nearly_inside,
     record,
 )
 from xvlm.data.records import Expression
@@ -62,7 +63,9 @@ class Ref(BaseModel):
         return [] if self.no_target else [number for number in named if number != -1]
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks: bool = True) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False, masks: bool = True
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per photograph of the split, with all its expressions.
 
     An expression has the text as the data set cleaned it (``sent``). Where it names several things, ``boxes_xyxy`` has
@@ -72,6 +75,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
     Args:
         folder: see the module's docstring for the files in it.
         split: train, val, test, testA, testB, ...; with several files of refs, ``testA_unc``.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
         masks: also keep what outlines the things.
 
@@ -94,13 +98,13 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
     for ref in chosen:
         refs_of.setdefault(ref.image_id, []).append(ref)
     root = folder.resolve()
-    with Photographs(root, *PLACES, allow_missing=allow_missing) as images:
+    with Photographs(root, *PLACES, at=images_at, allow_missing=allow_missing) as images:
         for image_id, image_refs in refs_of.items():
             with entry():
                 if image_id not in photographs:
                     raise ValueError(f"{instances_at}: no image {image_id}, which {refs_at.name} refers to")
                 photograph = photographs[image_id]
-                found = images.find(f"{refs_at.name} refers to it", photograph.file_name)
+                found = images.find(f"{refs_at.name} refers to it", *_names(photograph))
                 if found is None:
                     continue
                 found.check_size(photograph.width, photograph.height)
@@ -111,7 +115,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
                         if absent := [number for number in ref.targets if number not in annotations]:
                             raise ValueError(f"{where}: ann_id {absent[0]} is not in {instances_at}")
                         targets = [annotations[number] for number in ref.targets]
-                        expressions += _expressions(where, instances_at, ref, targets, photograph, masks)
+                        expressions += _expressions(where, instances_at, ref, targets, found, masks)
                 made = record(
                     f"{refs_at}: image {image_id}",
                     found,
@@ -123,6 +127,12 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
                     same_as=known_as(photograph.file_name),
                 )
                 yield made, found.image
+
+
+def _names(photograph: Photograph) -> list[str]:
+    """Under which it may lie: as written, or of ReferIt, in the folders of its archive or outside them."""
+    name = Path(photograph.file_name).name
+    return [photograph.file_name, name, f"{photograph.id // 1000:02d}/images/{name}"]
 
 
 def _chosen(folder: Path, split: str) -> tuple[Path, str]:
@@ -149,20 +159,25 @@ def _refs(path: Path) -> list[Ref]:
     return checked(list[Ref], str(path), loaded)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds lists, tuples, dictionaries, texts and numbers, and runs nothing."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Builds lists, tuples, dictionaries, texts and numbers, and runs nothing.
+
+    Python's own rather than the one in C, which takes memory for as many values as ten bytes of a file say there are;
+    three times as slow, a few seconds for RefCOCO.
+    """
+
+    dispatch: ClassVar = {code: do for code, do in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it wants {module}.{name}")
 
 
 def _expressions(
-    where: str, instances_at: Path, ref: Ref, targets: list[Instance], photograph: Photograph, masks: bool
+    where: str, instances_at: Path, ref: Ref, targets: list[Instance], found: Found, masks: bool
 ) -> list[Expression]:
-    size = (photograph.width, photograph.height)
-    boxes = [nearly_inside(where, corners(target.bbox), *size) for target in targets]
-    outlines = [mask_of(instances_at, target, photograph) for target in targets] if masks else []
-    mask = united([one.model_dump() for one in outlines if one], (photograph.height, photograph.width))
+    boxes = [found.nearly_inside(where, corners(target.bbox)) for target in targets]
+    outlines = [outline_of(instances_at, target, found) for target in targets] if masks else []
+    mask = united([one.model_dump() for one in outlines if one], (found.height, found.width))
     return [
         Expression(
             text=text,

@@ -10,13 +10,13 @@ list per split (Zhu et al. 2022)::
 Boxes are ``xywh`` in pixels. The folder's name becomes the records' source.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from xvlm.data.readers.entries import Four, by_id, entry, load, only, part_of
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, known_as, nearly_inside, record
+from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, known_as, record
 from xvlm.data.readers.refcoco import PLACES
 from xvlm.data.records import Expression
 
@@ -57,7 +57,9 @@ class Said(BaseModel):
     expressions: list[str]
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per photograph of the split, with all its expressions.
 
     Boxes are cut off at the border, empty texts are left out. Parts such as testA are of the split test and remain as a
@@ -66,6 +68,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train, val, test, testA, testB, ...
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -79,7 +82,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     for one in _per_split(path, split) if path.name == "instances.json" else _captioned(path):
         said_of.setdefault(one.file_name, []).append(one)
     root = folder.resolve()
-    with Photographs(root, *PLACES, allow_missing=allow_missing) as images:
+    with Photographs(root, *PLACES, at=images_at, allow_missing=allow_missing) as images:
         for file_name, said in said_of.items():
             with entry():
                 found = images.find(f"{path.name} lists it", file_name)
@@ -89,7 +92,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 for one in said:
                     with entry(where):
                         found.check_size(one.width, one.height)
-                        box = nearly_inside(where, corners(one.bbox), one.width, one.height)
+                        box = found.nearly_inside(where, corners(one.bbox))
                         expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
                 same_as = known_as(file_name)
                 made = record(

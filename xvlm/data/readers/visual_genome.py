@@ -16,7 +16,7 @@ gigabytes with all four.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,7 @@ from pydantic import AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
 from xvlm.data.readers.entries import NAMED, Kind, Number, by_id, entry, load, only
-from xvlm.data.readers.photographs import AllowMissing, Photographs, Sample, corners, inside, known_as, record
+from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, corners, known_as, record
 from xvlm.data.records import Box, Object, Question, Region
 
 SOURCE = "visual_genome"
@@ -99,7 +99,9 @@ class Questions:
     qas: list[Asked]
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored, in the order of ``image_data.json``.
 
     Boxes are cut off at the border of the image; boxes without area and empty texts are left out. An object has the
@@ -110,6 +112,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train; the data set has no other part.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -134,22 +137,21 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
         few = ", ".join(map(str, sorted(unlisted)[:NAMED]))
         logger.warning("%s does not list %d images that have annotations: %s", listed_at, len(unlisted), few)
     places = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images", "images2")
-    with Photographs(folder, *places, allow_missing=allow_missing) as images:
+    with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for one in photographs.values():
             with entry():
                 found = images.find(f"{listed_at.name} lists {one.image_id}", f"{one.image_id}.jpg")
                 if found is None:
                     continue
                 found.check_size(one.width, one.height)
-                size = (one.width, one.height)
                 ids = {"coco": one.coco_id, "flickr": one.flickr_id}
                 made = record(
                     f"{folder}: image {one.image_id}",
                     found,
                     id=str(one.image_id),
                     source=SOURCE,
-                    objects=_objects(objects.get(one.image_id, []), attributes.get(one.image_id, []), size),
-                    regions=_regions(regions.get(one.image_id, []), size),
+                    objects=_objects(objects.get(one.image_id, []), attributes.get(one.image_id, []), found),
+                    regions=_regions(regions.get(one.image_id, []), found),
                     questions=[
                         Question(
                             text=asked.question, answers={asked.answer: ONE_ANSWER}, kind="vg", id=str(asked.qa_id)
@@ -170,12 +172,12 @@ def _entries(kind: type[Kind], folder: Path, name: str) -> dict[int, Kind]:
     return by_id(f"{path}: ", load(list[kind], path), "image_id") if path else {}
 
 
-def _objects(plain: list[Thing], with_attributes: list[Thing], size: tuple[int, int]) -> list[Object]:
+def _objects(plain: list[Thing], with_attributes: list[Thing], found: Found) -> list[Object]:
     attributes = {thing.object_id: thing for thing in with_attributes}
     known = {thing.object_id for thing in plain}
     objects = []
     for thing in [*plain, *(thing for thing in with_attributes if thing.object_id not in known)]:
-        box = _box((thing.x, thing.y, thing.w, thing.h), size)
+        box = _box((thing.x, thing.y, thing.w, thing.h), found)
         label = next((name.strip() for name in thing.names if name.strip()), "")
         if box is not None and label:
             same = attributes.get(thing.object_id)
@@ -185,14 +187,14 @@ def _objects(plain: list[Thing], with_attributes: list[Thing], size: tuple[int, 
     return objects
 
 
-def _regions(described: list[Described], size: tuple[int, int]) -> list[Region]:
+def _regions(described: list[Described], found: Found) -> list[Region]:
     regions = []
     for one in described:
-        box, phrase = _box((one.x, one.y, one.width, one.height), size), " ".join(one.phrase.split())
+        box, phrase = _box((one.x, one.y, one.width, one.height), found), " ".join(one.phrase.split())
         if box is not None and phrase:
             regions.append(Region(box_xyxy=box, descriptions=[phrase]))
     return regions
 
 
-def _box(box_xywh: Box, size: tuple[int, int]) -> Box | None:
-    return inside(corners(box_xywh), *size)
+def _box(box_xywh: Box, found: Found) -> Box | None:
+    return found.inside(corners(box_xywh))

@@ -49,7 +49,9 @@ class AnswerFile(BaseModel):
     annotations: list[Answered]
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path, split: str, *, images_at: Sequence[Path] = (), allow_missing: AllowMissing = False
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per photograph, with all its questions.
 
     An answer's weight is the share of the annotators who gave it, as in the reference (dataset/vqa_dataset.py); the
@@ -58,6 +60,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: train, val, test or test-dev, with or without the year.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave photographs out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -90,7 +93,9 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
             questions[one.image_id].append(question)
     subset = asked.data_subtype.replace("-dev", "")
     named = (subset, f"{part}2017", f"images/{subset}", f"images/{part}2017", "images")
-    with Photographs(folder, *named, *(f"../{place}" for place in named), allow_missing=allow_missing) as images:
+    with Photographs(
+        folder, *named, *(f"../{place}" for place in named), at=images_at, allow_missing=allow_missing
+    ) as images:
         for image_id, about in questions.items():
             with entry():
                 names = (f"COCO_{subset}_{image_id:012d}.jpg", f"{image_id:012d}.jpg")

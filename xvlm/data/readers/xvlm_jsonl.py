@@ -10,19 +10,18 @@ A line has the image in ``binary`` (base64 of the file) or its path in ``image_r
 ``xywh`` in pixels. The folder's name becomes the records' source.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from xvlm.data.readers.entries import Four, decoded_64, entry, load_lines, numbered, only, part_of
+from xvlm.data.readers.entries import Four, decoded_64, entry, files_of, load_lines, numbered, only, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Photographs,
     Sample,
     corners,
     identifier,
-    inside,
     known_as,
     record,
 )
@@ -46,7 +45,14 @@ class Line(BaseModel):
     image: str = ""
 
 
-def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> Iterator[Sample]:
+def read(
+    folder: Path,
+    split: str,
+    *,
+    files: Sequence[Path] = (),
+    images_at: Sequence[Path] = (),
+    allow_missing: AllowMissing = False,
+) -> Iterator[Sample]:
     """Records and image bytes, as stored: one per line, with the file's name and the line's number as id.
 
     An element with attributes and one caption becomes an object, any other a region. Boxes are cut off at the border of
@@ -55,6 +61,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     Args:
         folder: see the module's docstring for the files in it.
         split: a name that begins with train, val, dev or test.
+        files: of the annotations, where it is not the one of this split in the folder.
+        images_at: folders that hold the photographs, instead of the usual places.
         allow_missing: leave images out that are listed but absent, and log how many; a list takes their names.
 
     Raises:
@@ -63,8 +71,8 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
     """
     part = part_of(folder, split)
     source = folder.resolve().name
-    with Photographs(folder, ".", "images", allow_missing=allow_missing) as images:
-        for path in _files(folder, split):
+    with Photographs(folder, ".", "images", at=images_at, allow_missing=allow_missing) as images:
+        for path in _files(folder, split, files):
             for number, (where, line) in enumerate(load_lines(Line, path), 1):
                 with entry():
                     name = line.image_rpath or line.image
@@ -84,7 +92,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                     objects: list[Object] = []
                     for element_at, element in numbered(f"{where}: elems.", line.elems):
                         with entry(element_at):
-                            box = inside(corners(element.bb), found.width, found.height)
+                            box = found.inside(corners(element.bb))
                             texts, attributes = _texts(element.caption), _texts(element.attributes)
                             if not texts:
                                 raise ValueError(f"{element_at}: the caption of the box {element.bb} is empty")
@@ -109,14 +117,12 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                     yield made, found.image
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    path = only(folder, f"{split}.jsonl", f"{split}.json")
-    if path is not None:
-        return [path]
-    parts = [path for path in sorted((folder / split).glob("*")) if path.is_file() and path.name[0] not in "._"]
-    if not parts:
-        raise FileNotFoundError(f"{folder}: neither {split}.jsonl, {split}.json nor files in {split}/")
-    return parts
+def _files(folder: Path, split: str, files: Sequence[Path]) -> Sequence[Path]:
+    names = (f"{split}.jsonl", f"{split}.json")
+    parts = [path for path in sorted((folder / split).glob("[!._]*")) if path.is_file()]
+    if parts and not files and only(folder, *names) is None:
+        return parts
+    return files_of(folder, files, *names, f"{split}/*")
 
 
 def _texts(given: Texts) -> list[str]:
