@@ -261,10 +261,20 @@ def test_16_bits_are_scaled_and_transparency_lies_on_white():
     assert Image.open(io.BytesIO(data)).getpixel((5, 5)) == (255, 255, 255)
 
 
-def turned(orientation: int) -> bytes:
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_an_image_whose_white_nobody_knows_is_left_out(tmp_path, dtype):
+    wide = encoded(Image.fromarray(np.full((HEIGHT, WIDTH), 200, dtype)), "TIFF")
+    samples = [(Record.model_validate(document(id="wide")), wide), made(0)]
+    assert check.check(check.read(samples, "f"), fix=tmp_path / "fixed").problems == []
+    assert len(Shards(tmp_path / "fixed")) == 1
+    (change,) = changes(tmp_path / "fixed")
+    assert (change["record"], change["fix"]) == ("wide", "leave out")
+
+
+def turned(orientation: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(photograph(), exif=exif)
+    return encoded(photograph(size=size), exif=exif)
 
 
 def test_rotation_is_put_right_only_where_no_box_can_be_wrong():
@@ -280,6 +290,25 @@ def test_rotation_is_put_right_only_where_no_box_can_be_wrong():
         assert (right.width, right.height) == image.size == (HEIGHT, WIDTH)
         expected = Image.open(io.BytesIO(turned(6))).transpose(Image.Transpose.ROTATE_270)
         assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 5
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_boxes_of_turned_pictures_are_put_right_where_one_says_that_they_are(orientation):
+    image = turned(orientation)
+    width, height = (WIDTH, HEIGHT) if orientation == 3 else (HEIGHT, WIDTH)
+    record = document(objects=[{"box_xyxy": [0, 0, width, height], "label": "all"}])
+    item = Item("f", "r", record, image)
+    problems, _ = problems_of(item, 40, boxes_turned=True)
+    assert [(problem.kind, problem.fix) for problem in problems] == [("image-rotated", "turn")]
+    right, data = put_right(item, problems)
+    assert (right.width, right.height) == Image.open(io.BytesIO(data)).size == (width, height)
+    assert right.objects[0].box_xyxy == (0, 0, width, height)
+
+
+def test_the_size_of_a_square_says_nothing_about_its_boxes():
+    square = turned(6, (WIDTH, WIDTH))
+    problems, _ = problems_of(Item("f", "r", document(height=WIDTH), square), 40)
+    assert [(problem.kind, problem.fix) for problem in problems] == [("image-rotated", None)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,6 +421,10 @@ def made(i: int, **more) -> tuple[Record, bytes]:
         return Record.model_validate(document(id=f"r{i}", **more)), encoded(photograph(i))
 
 
+def changes(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / check.CHANGES).read_text().splitlines()]
+
+
 def test_damaged_shards_are_told_and_the_rest_is_checked(tmp_path):
     write_shards([made(i) for i in range(6)], tmp_path, samples_per_shard=2, progress=False)
     assert check.check(check.packed(tmp_path)).problems == []
@@ -452,7 +485,7 @@ def test_a_check_goes_on_behind_what_a_reader_cannot_read(tmp_path):
     (tmp_path / "train.csv").write_text("\n".join(["image,left,top,right,bottom,text", *rows, "b.jpg,1,2,3,4,a dog"]))
     report = check.check(check.read(csv_table.read(tmp_path, "train"), str(tmp_path)))
     assert report.records == 2  # of a.jpg no row can be read, but it is there
-    assert {problem.kind for problem in report.problems} == {"reader"}
+    assert [problem.kind for problem in report.problems] == ["reader"] * 2 + ["image-unreadable"] + ["reader"] * 2
     reasons = (
         "line 5: image is empty",
         "line 6: expected 6 cells",
@@ -464,6 +497,42 @@ def test_a_check_goes_on_behind_what_a_reader_cannot_read(tmp_path):
     assert not any("what follows" in problem.message for problem in report.problems)
     with pytest.raises(ValueError, match="line 5: image is empty"):
         list(csv_table.read(tmp_path, "train"))
+
+
+def test_images_of_a_source_that_cannot_be_opened_are_left_out_when_it_is_fixed(tmp_path):
+    images = {
+        "empty.jpg": b"",
+        "page.jpg": b"<html>not found</html>",
+        "nothing.png": png(0, 80, 8, b""),
+        "bomb.png": png(20000, 20000, 8, b""),
+        "sound.jpg": PHOTOGRAPH,
+    }
+    for name, image in images.items():
+        (tmp_path / name).write_bytes(image)
+    (tmp_path / "train.csv").write_text("\n".join(["image,caption", *(f"{name},a girl" for name in images)]))
+    source = [csv_table.read(tmp_path, "train") for _ in range(2)]
+    report = check.check(check.read(source[0], str(tmp_path)))
+    kinds = ["image-empty", "image-unreadable", "image-empty", "image-unreadable"]
+    assert [problem.kind for problem in report.problems] == kinds
+    assert "bomb.png: image cannot be decoded: it has more than 100,000,000 pixels (" in report.problems[3].message
+    report = check.check(check.read(source[1], str(tmp_path)), fix=tmp_path / "fixed")
+    assert report.problems == []
+    assert [change["fix"] for change in changes(tmp_path / "fixed")] == ["leave out"] * 4
+    assert "page.jpg" in changes(tmp_path / "fixed")[1]["because"][0]
+    assert Shards(tmp_path / "fixed").read(0)[0].id == "sound"
+
+
+def test_a_photograph_that_its_file_describes_as_turned_is_turned(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(turned(6))
+    image = {"id": 1, "file_name": "a.jpg", "width": HEIGHT, "height": WIDTH}
+    annotation = {"image_id": 1, "bbox": [10, 90, 60, 30], "caption": "her feet"}
+    (tmp_path / "train.json").write_text(json.dumps({"images": [image], "annotations": [annotation]}))
+    with pytest.raises(ValueError, match="the image is 120x80, its boxes are in pixels of 80x120"):
+        list(coco_json.read(tmp_path, "train"))
+    samples = coco_json.read(tmp_path, "train")
+    assert check.check(check.read(samples, str(tmp_path)), fix=tmp_path / "fixed").problems == []
+    record, _ = Shards(tmp_path / "fixed").read(0)
+    assert ((record.width, record.height), record.regions[0].box_xyxy) == ((HEIGHT, WIDTH), (10, 90, 70, 120))
 
 
 def test_a_file_that_cannot_be_read_at_all_ends_the_source(tmp_path):
@@ -507,7 +576,7 @@ def test_fixing_writes_a_new_folder_and_says_what_it_changed(tmp_path):
     records = [fixed.read(i)[0] for i in range(len(fixed))]
     assert [record.id for record in records] == ["r0", "r1", "r4"]
     assert [(thing.label, thing.box_xyxy) for thing in records[1].objects] == [("Café", (10, 10, 120, 60))]
-    lines = [json.loads(line) for line in (tmp_path / "fixed" / check.CHANGES).read_text().splitlines()]
+    lines = changes(tmp_path / "fixed")
     assert [(line["record"], line["fix"]) for line in lines] == [
         ("r1", "put"),
         ("r1", "put"),

@@ -56,6 +56,7 @@ def check(
     ignore: Annotated[list[str] | None, typer.Option(help="A kind of problem that is none here.")] = None,
     max_words: Annotated[int, typer.Option(min=1, help="Of a text.")] = 40,
     near_duplicates: Annotated[bool, typer.Option(help="List images that look like an earlier one, too.")] = False,
+    boxes_turned: Annotated[bool, typer.Option(help="Boxes are of photographs as their EXIF turns them.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Pack to this folder, with what is safe to put right.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode. Default: one a core.")] = None,
 ) -> None:
@@ -78,6 +79,7 @@ def check(
         items,
         max_words=max_words,
         near_duplicates=near_duplicates,
+        boxes_turned=boxes_turned,
         ignore=set(ignore or []),
         workers=_cores() if workers is None else workers,
         fix=fix,

@@ -4,20 +4,22 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
 from tqdm import tqdm
 
 from xvlm import hub
 from xvlm.data.cache import Cache, is_remote
+from xvlm.data.images import Undecodable
 from xvlm.data.leaks import Hashes, perceptual_hash
 from xvlm.data.parallel import ordered_map
-from xvlm.data.problems import KINDS, Item, Problem, boxes_of, problems_of, put_right
+from xvlm.data.problems import KINDS, Item, Problem, boxes_of, problems_of, put_right, unreadable
 from xvlm.data.readers.entries import listing
 from xvlm.data.records import Record, unchecked
 from xvlm.data.shards import INDEX, Shard, captioned, read_index, sha256, write_shards
@@ -102,15 +104,18 @@ def read(samples: Iterable[tuple[Record, bytes]], where: str) -> Iterator[Item |
     """
     samples, errors = iter(samples), []
     while True:
-        stopped, sample = "", None
+        stopped, sample = None, None
         try:
             with unchecked(), listing(errors):
                 sample = next(samples, None)
         except (ValueError, OSError) as error:
-            stopped = f"{error}; what follows was not looked at"
-        for message in filter(None, [*map(str, errors), stopped]):
-            yield Problem("reader", (), message, where=where)
+            stopped = Problem("reader", (), f"{error}; what follows was not looked at", where=where)
+        for error in errors:
+            known = isinstance(error, Undecodable)
+            yield unreadable(error, where=where) if known else Problem("reader", (), str(error), where=where)
         errors.clear()
+        if stopped is not None:
+            yield stopped
         if sample is None:
             return
         record, image = sample
@@ -122,6 +127,7 @@ def check(
     *,
     max_words: int = 40,
     near_duplicates: bool = False,
+    boxes_turned: bool = False,
     ignore: Collection[str] = (),
     workers: int = 0,
     fix: Path | None = None,
@@ -133,6 +139,7 @@ def check(
         items: of :func:`packed` or :func:`read`.
         max_words: of a text; the default is what a processor reads by default.
         near_duplicates: list images that look like an earlier one, too.
+        boxes_turned: boxes are of the pictures as their EXIF turns them, not of the stored pixels.
         ignore: kinds of problems that are neither reported nor put right.
         workers: processes that decode images; 0: this one.
         fix: a new folder, where the records are packed with what can safely be put right put right. Records that are
@@ -143,7 +150,8 @@ def check(
         ValueError: to fix, but no record can be packed.
     """
     report = Report()
-    look = partial(_look, max_words=max_words, ignore=ignore, hashed=near_duplicates, fix=fix is not None)
+    find = partial(problems_of, max_words=max_words, boxes_turned=boxes_turned)
+    look = partial(_look, find=find, ignore=ignore, hashed=near_duplicates, fix=fix is not None)
     bar = tqdm(items, desc="checking", unit="record", disable=not progress)
     seen = _gathered(ordered_map(look, bar, workers), report, fix is not None)
     if fix is None:
@@ -169,11 +177,17 @@ class _Seen(NamedTuple):
     sample: tuple[Record, bytes] | None
 
 
-def _look(item: Item | Problem, max_words: int, ignore: Collection[str], hashed: bool, fix: bool) -> _Seen | Problem:
+def _look(
+    item: Item | Problem,
+    find: Callable[[Item], tuple[list[Problem], Image.Image | None]],
+    ignore: Collection[str],
+    hashed: bool,
+    fix: bool,
+) -> _Seen | Problem:
     if isinstance(item, Problem):
         return item
     try:
-        found, picture = problems_of(item, max_words)
+        found, picture = find(item)
     except RecursionError:
         return Problem("record", (), "nested too deeply for a record", where=item.where, record=item.record)
     problems = [problem for problem in found if problem.kind not in ignore]
@@ -201,7 +215,10 @@ def _gathered(seen: Iterable[_Seen | Problem], report: Report, fix: bool) -> Ite
     boxes = in_corner = 0
     for one in seen:
         if isinstance(one, Problem):
-            report.problems.append(one)
+            if fix and one.fix == "leave out":  # its reader has done so
+                report.changes += _changes(one.record, [one], False)
+            else:
+                report.problems.append(one)
             continue
         report.records += 1
         boxes, in_corner = boxes + one.boxes, in_corner + one.in_corner

@@ -6,17 +6,15 @@ A record is looked at as the plain document it is in a file, before any validati
 import html
 import math
 import re
-import struct
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from io import BytesIO
 from typing import Any, Literal
 
 from PIL import Image
 from pydantic import ValidationError
 
-from xvlm.data.images import JPEG, decode_image, encode_like, plain
+from xvlm.data.images import JPEG, PNG, Empty, Undecodable, decode_image, encode_like, open_image, orientation, plain
 from xvlm.data.records import Record, unchecked
 
 KINDS = {
@@ -51,7 +49,6 @@ MODES = ("RGB", "L")
 TEXTS = ("captions", "descriptions", "attributes", "label", "text")
 SLIGHTLY = 0.02  # of the image's side: a box that sticks out by no more is cut off, one by more is not believed
 
-ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = {2: "mirrored", 3: "by 180", 4: "flipped", 5: "transposed", 6: "by 90", 7: "transverse", 8: "by 270"}
 _ID = re.compile(
     r"\d{5,}|n\d{8}|/[mg]/\w+|(?=\S*\d)[0-9a-f]{8,}(-[0-9a-f]{4,})*|\S+\.(jpe?g|png|webp|gif)"
@@ -102,17 +99,22 @@ class Problem:
         return f"{place}: {self.message}{found} [{self.kind}]"
 
 
-def problems_of(item: Item, max_words: int) -> tuple[list[Problem], Image.Image | None]:
-    """Everything that is wrong with a record, and its image where it can be decoded."""
-    found, picture = _image(item.image, item.document)
+def problems_of(item: Item, max_words: int, *, boxes_turned: bool = False) -> tuple[list[Problem], Image.Image | None]:
+    """Everything that is wrong with a record, and its image where it can be decoded.
+
+    Args:
+        boxes_turned: boxes are of the picture as its EXIF turns it, even where the record's size is that of the stored
+            pixels.
+    """
+    found, picture, size = _image(item.image, item.document, boxes_turned)
     for place, value in _values(item.document):
         name = next((part for part in reversed(place) if isinstance(part, str)), "")
         if _is_box(place, value):
-            found += _box(place, value, _size(item.document))
+            found += _box(place, value, size)
         elif name in TEXTS and isinstance(value, str):
             found += _text(place, value, max_words, item.document)
         elif name == "mask" and isinstance(value, dict) and "size" in value:
-            found += _mask(place, value["size"], _size(item.document))
+            found += _mask(place, value["size"], size)
     found += _spans(item.document)
     found += _schema(item, {problem.place for problem in found})
     return [replace(problem, where=item.where, record=item.record) for problem in found], picture
@@ -144,21 +146,24 @@ def _size(document: dict[str, Any]) -> tuple[int, int] | None:
 # Images
 
 
-def _image(data: bytes, document: dict[str, Any]) -> tuple[list[Problem], Image.Image | None]:
-    place = ("image",)
-    if not data:
-        return [Problem("image-empty", place, "the image has no bytes", fix="leave out")], None
+def _image(
+    data: bytes, document: dict[str, Any], boxes_turned: bool
+) -> tuple[list[Problem], Image.Image | None, tuple[int, int] | None]:
+    """What is wrong with it, the image, and the size in whose pixels boxes are."""
+    place, size = ("image",), _size(document)
     try:
-        picture = decode_image(data)
-    except ValueError as error:
-        kind = "image-empty" if _png_without_pixels(data) else "image-unreadable"
-        return [Problem(kind, place, str(error), fix="leave out")], None
+        picture = decode_image(data, strict=True)
+    except Undecodable as error:
+        return [unreadable(error)], None, size
     found = []
-    with Image.open(BytesIO(data)) as opened:
-        size, turned = _size(document), _orientation(opened)
+    with open_image(data) as opened:
+        turned = orientation(opened)
+        turned_size = picture.size[::-1] if turned >= 5 else picture.size
+        if boxes_turned and size == picture.size:
+            size = turned_size
         if turned != 1:
-            found.append(_rotated(document, picture.size, turned))
-        if size is not None and size != picture.size and not (turned >= 5 and size == picture.size[::-1]):
+            found.append(_rotated(document, turned, boxes_turned or size == turned_size != picture.size))
+        if size not in (None, picture.size, turned_size):
             message = f"the record says {size[0]}x{size[1]}, the image is {picture.width}x{picture.height}"
             found.append(Problem("image-size", place, message))
         if opened.format not in FORMATS:
@@ -166,29 +171,25 @@ def _image(data: bytes, document: dict[str, Any]) -> tuple[list[Problem], Image.
         if opened.format != "MPO" and getattr(opened, "is_animated", False):
             message = "expected one frame; the first is used"
             found.append(Problem("image-animated", place, message, opened.n_frames, "reencode"))
-        deep = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16
+        deep = data[:8] == PNG and data[24] == 16
         if opened.mode not in MODES or deep:
             mode = f"{opened.mode}, 16 bits" if deep else opened.mode
-            found.append(Problem("image-mode", place, "expected 8-bit RGB or grey", mode, "reencode"))
-    return found, picture
+            # of numbers as wide as these, nobody knows which is white
+            fix = "leave out" if opened.mode in ("I", "F") and not deep else "reencode"
+            found.append(Problem("image-mode", place, "expected 8-bit RGB or grey", mode, fix))
+    return found, picture, size
 
 
-def _png_without_pixels(data: bytes) -> bool:
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24 and 0 in struct.unpack(">II", data[16:24])
+def unreadable(error: Undecodable, **more: str) -> Problem:
+    """An image that cannot be decoded as a problem; ``more``: where, and of which record."""
+    kind = "image-empty" if isinstance(error, Empty) else "image-unreadable"
+    return Problem(kind, ("image",), str(error), fix="leave out", **more)
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        turned = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # EXIF is a format of its own, and as often broken as any
-        return 1
-    return turned if turned in _TURNED else 1
-
-
-def _rotated(document: dict[str, Any], size: tuple[int, int], turned: int) -> Problem:
+def _rotated(document: dict[str, Any], turned: int, boxes_turned: bool) -> Problem:
     how = f"EXIF turns the picture ({_TURNED[turned]})"
-    if turned >= 5 and _size(document) == size[::-1]:
-        message = f"{how}, and the record's size and boxes are of the turned picture, not of the stored pixels"
+    if boxes_turned:
+        message = f"{how}, and the record's size or boxes are of the turned picture, not of the stored pixels"
         return Problem("image-rotated", ("image",), message, turned, "turn")
     if boxes_of(document):
         message = f"{how}; boxes have to be of the stored pixels, look whether these are"

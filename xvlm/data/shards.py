@@ -80,7 +80,7 @@ class Remark(Configured):
     """
 
     record: str
-    why: Literal["unreadable", "leak", "absent"]
+    why: Literal["unreadable", "leak", "absent", "rotated"]
     packed: bool
     message: str
 

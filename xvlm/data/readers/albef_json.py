@@ -123,7 +123,7 @@ def _record(where: str, name: str, rows: list[tuple[str, Row]], found: Found, of
                 captions.append(row.text)
             elif row.text:
                 if row.width is not None and row.height is not None:
-                    found.check_size(row.width, row.height)
+                    found = found.of_size(row.width, row.height)
                 box = nearly_inside(where_said, corners(row.bbox), found.width, found.height)
                 expressions.append(Expression(text=row.text, box_xyxy=box, id=str(row.ref_id)))
     return record(

@@ -118,7 +118,7 @@ def read(
                 if found is None:
                     continue
                 if picture.width is not None and picture.height is not None:
-                    found.check_size(picture.width, picture.height)
+                    found = found.of_size(picture.width, picture.height)
                 of = {"source": source, "split": part}
                 yield _record(where, picture, said[picture.id], labels, found, of), found.image
 

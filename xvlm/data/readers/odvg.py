@@ -103,7 +103,7 @@ def _record(
     objects: list[Object] = []
     for where, line in lines:
         with entry():
-            found.check_size(line.width, line.height)
+            found = found.of_size(line.width, line.height)
             if line.grounding is not None:
                 for one_at, one in numbered(f"{where}: grounding.regions.", line.grounding.regions):
                     with entry(one_at):

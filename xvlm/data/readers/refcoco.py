@@ -103,7 +103,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False, masks
                 found = images.find(f"{refs_at.name} refers to it", photograph.file_name)
                 if found is None:
                     continue
-                found.check_size(photograph.width, photograph.height)
+                found = found.of_size(photograph.width, photograph.height)
                 expressions = []
                 for ref in image_refs:
                     where = f"{refs_at}: ref {ref.ref_id}"

@@ -88,7 +88,7 @@ def read(folder: Path, split: str, *, allow_missing: AllowMissing = False) -> It
                 where, expressions = f"{path}: {file_name}", []
                 for one in said:
                     with entry(where):
-                        found.check_size(one.width, one.height)
+                        found = found.of_size(one.width, one.height)
                         box = nearly_inside(where, corners(one.bbox), one.width, one.height)
                         expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
                 same_as = known_as(file_name)
