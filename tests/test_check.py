@@ -159,6 +159,11 @@ def test_masks_and_spans():
         ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", "text-is-id"),
         ("category_12", "text-is-id"),
         ("None", "text-is-id"),
+        ("Q12345", "text-is-id"),
+        ("n02084071 dog", "text-is-id"),
+        ("/m/0bt9lr dog", "text-is-id"),
+        ("a" * 801, "text-long"),
+        ("狗" * 41, "text-long"),
     ],
 )
 def test_texts_that_are_wrong(text, kind):
@@ -170,7 +175,19 @@ def test_texts_that_are_wrong(text, kind):
 
 @pytest.mark.parametrize(
     "text",
-    ["naïve café", "İstanbul’da", "一只狗", "the 2nd of 12", "12", "R&B singer", "a 1980s car", "facade", "“so”", "öä"],
+    [
+        "naïve café",
+        "İstanbul’da",
+        "狗" * 40,
+        "the 2nd of 12",
+        "12",
+        "Q1",
+        "R&B singer",
+        "a 1980s car",
+        "facade",
+        "“so”",
+        "öä",
+    ],
 )
 def test_texts_that_are_right(text):
     assert found(document(captions=[text], phrases=[])) == []
@@ -190,6 +207,27 @@ def test_what_was_decoded_wrongly_is_decoded_again(text):
 def test_a_number_is_a_word_on_a_shirt_but_no_label():
     assert found(document(regions=[{"box_xyxy": BOX, "descriptions": ["12"]}])) == []
     assert found(document(objects=[{"box_xyxy": BOX, "label": "12"}])) == [("text-is-id", "objects.0.label")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kinds"),
+    [
+        ({"yes": 1.0, "2": 0.3, "none": 0.3, "12345": 1.0}, []),
+        ({"": 1.0, "yes": 0.3}, ["text-empty"]),
+        ({"cafÃ©": 1.0}, ["text-encoding"]),
+        ({"yes " * 41: 1.0}, ["text-long"]),
+        ({"x": -3.0}, ["answer-weight"]),
+        ({"x": 0.0}, ["answer-weight"]),
+        ({"x": float("nan")}, ["answer-weight"]),
+        ({"x": float("inf")}, ["answer-weight"]),
+        ({"x": "often"}, ["record"]),
+    ],
+)
+def test_answers(answers, kinds):
+    record = document(questions=[{"text": "what?", "answers": answers}])
+    assert found(record) == [(kind, f"questions.0.answers.{next(iter(answers))}") for kind in kinds]
+    if kinds != ["record"]:
+        assert fixed(record)[0].questions == Record.model_validate(record).questions
 
 
 def test_texts_are_put_right_with_what_hangs_on_them():
@@ -597,6 +635,38 @@ def test_fixing_writes_a_new_folder_and_says_what_it_changed(tmp_path):
     assert told(again) == [("r4", "text-is-id")]
     with pytest.raises(FileExistsError):
         check.check(check.read(samples, "f"), fix=tmp_path / "fixed")
+
+
+def test_statements_about_an_image_that_is_not_here_are_dropped(tmp_path):
+    def about(i: int, *others: str) -> tuple[Record, bytes]:
+        statements = [{"text": "both are red", "other": other, "label": True} for other in others]
+        return made(i, statements=statements)
+
+    unreadable = made(3)[0], b"GIF89a"
+    samples = [
+        about(0, "r1", "gone", "r2"),
+        about(1, "r0"),
+        about(2, "gone"),
+        unreadable,
+        about(4, "r3"),
+        about(5, "r4"),
+    ]
+    report = check.check(check.read(samples, "f"))
+    found = [(problem.record, problem.kind, problem.place[1:]) for problem in report.problems]
+    lost = [("r0", "other-missing", (1,)), ("r2", "other-missing", (0,))]
+    assert found == [("r3", "image-unreadable", ()), *lost]
+    report = check.check(check.read(samples, "f"), fix=tmp_path / "fixed")
+    assert report.problems == []
+    fixed = Shards(tmp_path / "fixed")
+    records = {record.id: record for record in (fixed.read(i)[0] for i in range(len(fixed)))}
+    assert {name: [statement.other for statement in record.statements] for name, record in records.items()} == {
+        **{"r0": ["r1", "r2"], "r1": ["r0"], "r2": []},
+        **{"r4": [], "r5": ["r4"]},
+    }
+    dropped = [(change["record"], change["place"]) for change in changes(tmp_path / "fixed") if change["fix"] == "drop"]
+    assert sorted(dropped) == [("r0", "statements.1"), ("r2", "statements.0"), ("r4", "statements.0")]
+    assert check.check(check.packed(tmp_path / "fixed"), ignore=["other-missing"]).problems == []
+    assert check.check(check.read(samples[:3], "f"), ignore=["other-missing"]).problems == []
 
 
 def test_every_kind_is_explained_and_every_problem_reads_well():

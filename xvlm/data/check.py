@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from xvlm.data.cache import Cache, is_remote
 from xvlm.data.images import Undecodable
 from xvlm.data.leaks import Hashes, perceptual_hash
 from xvlm.data.parallel import ordered_map
-from xvlm.data.problems import KINDS, Item, Problem, boxes_of, problems_of, put_right, unreadable
+from xvlm.data.problems import KINDS, Item, Problem, boxes_of, others_of, problems_of, put_right, unreadable
 from xvlm.data.readers.entries import listing
 from xvlm.data.records import Record, unchecked
 from xvlm.data.shards import INDEX, Shard, captioned, read_index, sha256, write_shards
@@ -174,6 +175,7 @@ class _Seen(NamedTuple):
     perceptual: int | None
     boxes: int
     in_corner: int
+    others: list[tuple[int, str]]  # statements, and the records they are about as well
     sample: tuple[Record, bytes] | None
 
 
@@ -205,6 +207,7 @@ def _look(
         perceptual=perceptual_hash(picture) if hashed and picture is not None else None,
         boxes=len(boxes),
         in_corner=sum(list(box)[2:] == corner for box in boxes if isinstance(box, list)),
+        others=[] if "other-missing" in ignore else others_of(item.document),
         sample=sample,
     )
 
@@ -212,6 +215,8 @@ def _look(
 def _gathered(seen: Iterable[_Seen | Problem], report: Report, fix: bool) -> Iterator[tuple[Record, bytes]]:
     """Fills the report, and yields what is to be packed."""
     first: dict[str, _Seen] = {}
+    here: set[str] = set()
+    waiting: dict[str, list[_Seen]] = defaultdict(list)  # for the record that a statement is about as well
     boxes = in_corner = 0
     for one in seen:
         if isinstance(one, Problem):
@@ -222,22 +227,50 @@ def _gathered(seen: Iterable[_Seen | Problem], report: Report, fix: bool) -> Ite
             continue
         report.records += 1
         boxes, in_corner = boxes + one.boxes, in_corner + one.in_corner
-        problems, sample = one.problems, one.sample
         if one.record in first:
-            problems, sample = [*problems, _repeated(one, first[one.record])], None
+            one = one._replace(problems=[*one.problems, _repeated(one, first[one.record])], sample=None)
         else:
             first[one.record] = one._replace(sample=None, problems=[])
-        if fix:
-            report.changes += _changes(one.record, problems, sample is not None)
-            problems = [problem for problem in problems if problem.fix is None]
-        report.problems += problems
-        if sample is not None:
-            yield sample
+        if one.sample is not None or not fix:
+            here.add(one.record)
+        for each in [one, *waiting.pop(one.record, [])]:
+            if absent := next((other for _, other in each.others if other not in here), None):
+                waiting[absent].append(each)
+            else:
+                yield from _told(each, report, fix)
+    for each in chain.from_iterable(waiting.values()):
+        yield from _told(_without_others(each, here), report, fix)
     if boxes >= ENOUGH and in_corner > CORNER * boxes:
         message = f"{in_corner} of {boxes} boxes end in the lower right corner of their image, as if cut off there"
         where = str(Path(next(iter(first.values())).where).parent)
         report.problems.append(Problem("box-looks-xyxy", (), message, where=where))
     report.problems += _near_duplicates([one for one in first.values() if one.perceptual is not None])
+
+
+def _told(one: _Seen, report: Report, fix: bool) -> Iterator[tuple[Record, bytes]]:
+    problems = one.problems
+    if fix:
+        report.changes += _changes(one.record, problems, one.sample is not None)
+        problems = [problem for problem in problems if problem.fix is None]
+    report.problems += problems
+    if one.sample is not None:
+        yield one.sample
+
+
+def _without_others(one: _Seen, here: Collection[str]) -> _Seen:
+    """With a problem for each statement about an image that is not here, and without the statement."""
+    message, more = "expected the id of a record that is here", {"where": one.where, "record": one.record}
+    problems = [
+        Problem("other-missing", ("statements", i), message, other, fix="drop", **more)
+        for i, other in one.others
+        if other not in here
+    ]
+    sample = one.sample
+    if sample is not None:
+        record, image = sample
+        kept = [statement for statement in record.statements if statement.other in here]
+        sample = record.model_copy(update={"statements": kept}), image
+    return one._replace(problems=[*one.problems, *problems], sample=sample)
 
 
 def _repeated(one: _Seen, earlier: _Seen) -> Problem:

@@ -38,6 +38,8 @@ KINDS = {
     "box-looks-relative": "between 0 and 1, where pixels should be",
     "mask-size": "a mask of another size than the image",
     "span-outside": "a phrase that is not in its caption",
+    "other-missing": "a statement about another image that is not here",
+    "answer-weight": "the weight of an answer is not a number above 0",
     "text-empty": "no words",
     "text-long": "more words than a model reads",
     "text-encoding": "wrongly decoded characters, HTML entities, control characters",
@@ -51,11 +53,12 @@ SLIGHTLY = 0.02  # of the image's side: a box that sticks out by no more is cut 
 
 _TURNED = {2: "mirrored", 3: "by 180", 4: "flipped", 5: "transposed", 6: "by 90", 7: "transverse", 8: "by 270"}
 _ID = re.compile(
-    r"\d{5,}|n\d{8}|/[mg]/\w+|(?=\S*\d)[0-9a-f]{8,}(-[0-9a-f]{4,})*|\S+\.(jpe?g|png|webp|gif)"
+    r"\d{5,}|q\d{3,}|(n\d{8}|/[mg]/\w+)(\s.*)?|(?=\S*\d)[0-9a-f]{8,}(-[0-9a-f]{4,})*|\S+\.(jpe?g|png|webp|gif)"
     r"|(category|class|label|id|obj|object)[\s_:#-]*\d+|none|null|nan",
     re.IGNORECASE,
 )
 _ENTITY = re.compile(r"&(#\d+|#x[0-9a-f]+|[a-z]+\d*);", re.IGNORECASE)
+_WORD = re.compile(r"[\u2e80-\u9fff]|[^\s\u2e80-\u9fff]{1,20}")  # a CJK character, or a word; long ones are several
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 Place = tuple[str | int, ...]  # of a value in a document: ("objects", 3, "label")
@@ -113,6 +116,8 @@ def problems_of(item: Item, max_words: int, *, boxes_turned: bool = False) -> tu
             found += _box(place, value, size)
         elif name in TEXTS and isinstance(value, str):
             found += _text(place, value, max_words, item.document)
+        elif place[-2:-1] == ("answers",):
+            found += _answer(place, value, max_words)
         elif name == "mask" and isinstance(value, dict) and "size" in value:
             found += _mask(place, value["size"], size)
     found += _spans(item.document)
@@ -123,6 +128,13 @@ def problems_of(item: Item, max_words: int, *, boxes_turned: bool = False) -> tu
 def boxes_of(document: dict[str, Any]) -> list[Any]:
     """All boxes of a document, whatever they are."""
     return [value for place, value in _values(document) if _is_box(place, value)]
+
+
+def others_of(document: dict[str, Any]) -> list[tuple[int, str]]:
+    """Of each statement about another image, its number and the id of that image."""
+    statements = document.get("statements")
+    said = enumerate(statements) if isinstance(statements, list) else ()
+    return [(i, one["other"]) for i, one in said if isinstance(one, dict) and isinstance(one.get("other"), str)]
 
 
 def _is_box(place: Place, value: Any) -> bool:
@@ -262,17 +274,30 @@ def _spans(document: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _text(place: Place, text: str, max_words: int, document: dict[str, Any]) -> Iterator[Problem]:
+    moves_spans = place[0] == "captions" and document.get("phrases")
+    for problem in _wording(place, text, max_words):
+        yield replace(problem, fix=None) if problem.kind == "text-encoding" and moves_spans else problem
+    if _ID.fullmatch(text.strip()) or (place[-1] == "label" and text.strip().isdecimal()):
+        yield Problem("text-is-id", place, "expected words", text)
+
+
+def _answer(place: Place, weight: Any, max_words: int) -> Iterator[Problem]:
+    """An answer is the name of its weight, so neither is put right alone; and "none" or a number may well be one."""
+    for problem in _wording(place, str(place[-1]), max_words):
+        yield replace(problem, fix=None)
+    if isinstance(weight, (int, float)) and not 0 < weight < math.inf:  # the schema tells of what is no number
+        yield Problem("answer-weight", place, "expected a number above 0", weight)
+
+
+def _wording(place: Place, text: str, max_words: int) -> Iterator[Problem]:
     if not any(character.isalnum() for character in text):
         yield Problem("text-empty", place, "expected words", text, "drop")
         return
     better = decoded_again(text)
     if better != text or "\ufffd" in text:
-        moves_spans = place[0] == "captions" and document.get("phrases")
-        sure = "\ufffd" not in better and not moves_spans
-        yield Problem("text-encoding", place, f"meant {better!r}?", text, "put" if sure else None, better)
-    if _ID.fullmatch(text.strip()) or (place[-1] == "label" and text.strip().isdecimal()):
-        yield Problem("text-is-id", place, "expected words", text)
-    if (words := len(text.split())) > max_words:
+        fix = "put" if "\ufffd" not in better else None
+        yield Problem("text-encoding", place, f"meant {better!r}?", text, fix, better)
+    if (words := len(_WORD.findall(text))) > max_words:
         yield Problem("text-long", place, f"{words} words, expected at most {max_words}", text)
 
 
