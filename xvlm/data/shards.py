@@ -101,7 +101,7 @@ class Remark(Configured):
     """
 
     record: str
-    why: Literal["unreadable", "leak", "absent", "statements"]
+    why: Literal["unreadable", "leak", "absent", "statements", "rotated"]
     packed: bool
     message: str
 
