@@ -15,8 +15,6 @@ from simplejpeg import decode_jpeg
 
 JPEG = ("JPEG", "MPO")  # MPO: a JPEG file with more pictures behind the first, as phones write
 READABLE = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # of others, Pillow has some read by a program (EPS)
-END_OF_JPEG = b"\xff\xd9"
-MISSING = (128, 128, 128)  # what libjpeg makes of blocks for which there are no data
 PNG = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 100_000_000
 QUALITY = 95  # of JPEG and WebP files that are written anew
@@ -96,8 +94,7 @@ def decode_image(data: bytes, *, strict: bool = False) -> Image.Image:
     """An RGB image from an encoded file.
 
     Args:
-        strict: refuse a JPEG that Pillow fills up with grey although it says nothing, because the data end before the
-            end that they state; where simplejpeg is installed, any damage that libjpeg notices.
+        strict: refuse a JPEG with damage that libjpeg notices, which Pillow fills up with grey and says nothing.
 
     Raises:
         Undecodable, Empty: as :func:`open_image` and :func:`rgb`.
@@ -105,28 +102,20 @@ def decode_image(data: bytes, *, strict: bool = False) -> Image.Image:
     try:
         image = open_image(data)
         picture = rgb(image)
-        if strict and image.format in JPEG and (damage := _damage(data, picture)):
+        if strict and image.format in JPEG and (damage := _damage(data)):
             raise Undecodable(f"image is damaged: {damage}")
         return picture
     except Undecodable as error:
         raise type(error)(f"{error} ({len(data)} bytes)") from None
 
 
-def _damage(jpeg: bytes, picture: Image.Image) -> str:
-    """What is wrong with the data of a JPEG of which ``picture`` could be made; nothing: an empty text."""
-    with suppress(ImportError):
-        from simplejpeg import decode_jpeg
-
-        try:
-            decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1, min_factor=8)  # reads all of it, draws little
-        except ValueError as error:  # also of kinds that it does not read, as Pillow does
-            return str(error) if _DAMAGED.match(str(error)) else ""
-        return ""
-    if picture.getpixel((picture.width - 1, picture.height - 1)) != MISSING:
-        return ""
-    end = jpeg.rfind(END_OF_JPEG)
-    longer = open_image(jpeg[:end] + bytes(range(1, 128)) * 9 + END_OF_JPEG)  # changes nothing behind the last block
-    return "the data end early" if rgb(longer).tobytes() != picture.tobytes() else ""
+def _damage(jpeg: bytes) -> str:
+    """What libjpeg says is wrong with the data of a JPEG that Pillow decodes; nothing: an empty text."""
+    try:
+        decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1, min_factor=8)  # reads all of it, draws little
+    except ValueError as error:  # also of kinds that it does not read, as Pillow does
+        return str(error) if _DAMAGED.match(str(error)) else ""
+    return ""
 
 
 @contextmanager
