@@ -188,6 +188,8 @@ def test_interrupted_packing_goes_on_after_the_last_whole_shard(source, small_sh
     interrupt(source, 8, config(tmp_path / "cut", **options))
     folder = tmp_path / "cut/train"
     assert sorted(file.name for file in folder.iterdir()) == ["000000.tar", "000001.tar", JOURNAL]
+    for name in (".000002.tar.0123abcd.unfinished", ".index.json.0123abcd.unfinished"):  # as after a SIGKILL
+        (folder / name).write_bytes(b"half")
     before = (folder / "000000.tar").stat().st_mtime_ns
     seen = prepared_records(monkeypatch)
     pack(config(tmp_path / "cut", **options))
