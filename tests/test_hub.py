@@ -52,6 +52,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         unfinished.write_text("half")
         raise KeyError
     assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_two_who_write_a_file_do_not_disturb_each_other(tmp_path):
+    with hub.replacing(tmp_path / "a.txt") as one, hub.replacing(tmp_path / "a.txt") as other:
+        one.write_text("one")
+        other.write_text("the other")
+    assert (tmp_path / "a.txt").read_text() == "one"  # whose body ended last
 
 
 class Api:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from pycocotools import mask as coco_mask
 from xvlm.data import pack as packing
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.parallel import AHEAD, ordered_map
-from xvlm.data.records import RLE, Expression, Object, Phrase, Record, Region
-from xvlm.data.shards import JOURNAL, REMARKS, read_remarks, write_shards
+from xvlm.data.records import RLE, Expression, Object, Phrase, Record, Region, Statement
+from xvlm.data.shards import JOURNAL, REMARKS, Shards, read_remarks, write_shards
 
 BLUE, WHITE = (0, 0, 255), (255, 255, 255)
 
@@ -219,6 +220,128 @@ def test_a_shard_that_does_not_read_back_never_gets_its_name(tmp_path, monkeypat
     assert not list(tmp_path.glob("0*"))
 
 
+def test_a_folder_is_packed_by_one_process_at_a_time(tmp_path):
+    def beside():
+        yield sample(0)
+        with pytest.raises(FileExistsError, match="another process is packing into this folder"):
+            write_shards([sample(7)], tmp_path, progress=False)
+        yield sample(1)
+
+    assert write_shards(beside(), tmp_path, progress=False).counts["records"] == 2
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["000000.tar", "index.json"]
+    with pytest.raises(FileExistsError, match="packed already"):
+        write_shards([sample(7)], tmp_path, progress=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["000000.tar", "index.json"]
+
+
+def test_large_images_make_shards_of_fewer_samples_that_are_on_disk_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr("xvlm.data.shards.BYTES_PER_SHARD", 250_000)
+    on_disk = []
+
+    def large():
+        for i in range(5):
+            on_disk.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+            yield sample(i)[0], b"\xff\xd8\xff" + bytes(100_000)
+
+    write_shards(large(), tmp_path, progress=False)
+    assert Shards(tmp_path).sizes == [3, 2]
+    assert on_disk[2] > 150_000  # before the shard is full
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A source that changes
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table of two photographs, of which one is absent."""
+    place(tmp_path / "mine", "a.jpg")
+    (tmp_path / "mine/train.csv").write_text("image,text\na.jpg,a dog\nb.jpg,a cat\n")
+    return config(tmp_path / "mine/packed", reader="csv_table", folder=tmp_path / "mine", allow_missing=True)
+
+
+def test_what_is_packed_already_is_left_as_it_is_and_no_photograph_is_read(table, monkeypatch):
+    pack(table)
+    before = contents(table.out / "train")
+    monkeypatch.setattr(packing, "read", lambda *_: pytest.fail("the source was read"))
+    pack(table)
+    assert contents(table.out / "train") == before
+
+
+@pytest.mark.parametrize("change", ["annotations", "an absent image"])
+def test_a_source_that_changed_is_not_taken_for_packed(table, change):
+    pack(table)
+    if change == "annotations":
+        text = (table.folder / "train.csv").read_text()
+        (table.folder / "train.csv").write_text(text.replace("dog", "cow"))
+    else:
+        place(table.folder, "b.jpg")
+    with pytest.raises(
+        ValueError, match=r"packed/train: the source has changed .*; choose another folder .* or remove"
+    ):
+        pack(table)
+    shutil.rmtree(table.out)
+    record, _ = pack(table)["train"].read(0 if change == "annotations" else 1)
+    assert record.captions + [text for region in record.regions for text in region.descriptions] == [
+        "a cow" if change == "annotations" else "a cat"
+    ]
+
+
+def test_a_source_with_new_times_or_other_files_beside_it_is_compared_once(table, monkeypatch):
+    pack(table)
+    before = contents(table.out / "train")
+    os.utime(table.folder / "train.csv", (0, 0))
+    (table.folder / "val.csv").write_text("image,text\na.jpg,a dog\n")
+    pack(table)
+    monkeypatch.setattr(packing, "read", lambda *_: pytest.fail("the source was read again"))
+    pack(table)
+    after = contents(table.out / "train")
+    assert before.pop(packing.FINGERPRINT) != after.pop(packing.FINGERPRINT) and before == after
+
+
+def test_a_source_that_changed_while_it_was_packed_is_compared_the_next_time(table, monkeypatch):
+    original = packing.write_shards
+
+    def edited_meanwhile(*arguments, **options):
+        original(*arguments, **options)
+        (table.folder / "train.csv").write_text("image,text\na.jpg,a cow\n")
+
+    monkeypatch.setattr(packing, "write_shards", edited_meanwhile)
+    pack(table)
+    with pytest.raises(ValueError, match="the source has changed"):
+        pack(table)
+
+
+def test_shards_outlive_their_source(tmp_path, table):
+    table = table.model_copy(update={"out": tmp_path / "elsewhere"})
+    pack(table)
+    shutil.rmtree(table.folder)
+    assert len(pack(table)["train"]) == 1
+
+
+def test_shards_of_earlier_versions_are_taken_as_they_are(table):
+    pack(table)
+    folder = table.out / "train"
+    index = json.loads((folder / "index.json").read_text())
+    del index["source"], index["description"]["allow_missing"]
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / packing.FINGERPRINT).unlink()
+    assert len(pack(table)["train"]) == 1
+
+
+@pytest.mark.parametrize("option", ["allow_broken", "allow_missing"])
+def test_what_was_packed_leniently_is_not_the_strict_set(option, source, small_shards, tmp_path):
+    source[1] = source[1][0], source[1][1][:-100]
+    lenient, strict = {"allow_broken": True, option: True}, {"allow_broken": True, option: False}
+    interrupt(source, 8, config(tmp_path, **lenient))
+    if option == "allow_broken":
+        with pytest.raises(ValueError, match="'r1': image cannot be decoded"):
+            pack(config(tmp_path, **strict))
+    pack(config(tmp_path, **lenient))
+    with pytest.raises(ValueError, match=rf"something else \({option} was True, is None\)"):
+        pack(config(tmp_path, **strict))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
 
@@ -315,6 +438,44 @@ def test_boxes_and_masks_follow_an_image_that_is_made_smaller(kind, source, tmp_
 def test_small_images_are_not_written_anew(source, tmp_path):
     packed = pack(config(tmp_path, max_side=120))["train"]
     assert packed.read(0) == source[0]
+
+
+def pairs(n: int, broken: int) -> list[tuple[Record, bytes]]:
+    """Right images and their left ones with two statements, as NLVR2 is read; the picture ``broken`` is cut short."""
+    made = []
+    for i in range(n):
+        said = [
+            Statement(text="both are blue", other=f"r{2 * i}", label=True),
+            Statement(text="x", other="r0", label=False),
+        ]
+        made += [sample(2 * i), sample(2 * i + 1, statements=said)]
+    record, image = made[broken]
+    made[broken] = record, image[:-100]
+    return made
+
+
+@pytest.mark.parametrize("cut", [None, 8])
+def test_a_statement_goes_with_its_other_image_and_is_counted(cut, source, small_shards, tmp_path):
+    source[:] = pairs(6, broken=2)
+    if cut is not None:
+        interrupt(source, cut, config(tmp_path, allow_broken=True))
+    packed = pack(config(tmp_path, allow_broken=True))["train"]
+    records = list(packed.records())
+    assert {each.other for record in records for each in record.statements} == {"r0", "r4", "r6", "r8", "r10"}
+    unreadable, lost = read_remarks(tmp_path / "train")
+    assert (unreadable.record, unreadable.why) == ("r2", "unreadable")
+    assert (lost.record, lost.why, lost.packed) == ("r3", "statements", True)
+    assert lost.message == "without 1 statement about images that were left out"
+    assert packed.counts["statements"] == 11
+
+
+def test_a_statement_far_behind_its_other_image_goes_too_when_packing_went_on(source, small_shards, tmp_path):
+    source[:] = pairs(6, broken=0)
+    interrupt(source, 10, config(tmp_path / "cut", allow_broken=True))
+    pack(config(tmp_path / "cut", allow_broken=True))
+    pack(config(tmp_path / "whole", allow_broken=True))
+    assert contents(tmp_path / "cut/train") == contents(tmp_path / "whole/train")
+    assert Shards(tmp_path / "cut/train").counts["statements"] == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import tarfile
 import threading
@@ -114,6 +115,48 @@ def test_an_index_beside_its_tars_moves_with_them(folder, cache, tmp_path):
     assert [moved.read(i) for i in range(6)] == EXPECTED
     with pytest.raises(FileExistsError, match="has an index already"):
         tars.write_index([str(tmp_path / "moved/000.tar")], tmp_path / "moved", cache, progress=False)
+
+
+def leading_to(folder: Path, file: str) -> Path:
+    """A folder that somebody else packed, whose index leads to this."""
+    shards.write_shards(EXPECTED, folder, progress=False)
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["file"] = file
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["pipe:", "PIPE:", " pipe:", "file:"])
+def test_commands_of_a_folder_from_elsewhere_are_not_run(tmp_path, cache, scheme):
+    found = leading_to(tmp_path / "theirs", f"{scheme}touch {tmp_path}/ran # ://")
+    with pytest.raises(PermissionError, match=r"touch .*: an index leads to this, .*xvlm data index"):
+        Shards(found, cache)
+    (problem,) = check.check(check.packed(found, cache)).problems
+    assert "commands in files are not run" in problem.message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_commands_that_were_given_here_are_run_for_an_index_anywhere(folder, cache, tmp_path):
+    places = [f"pipe:cat {folder}/{n:03d}.tar" for n in range(3)]
+    tars.write_index(places, tmp_path / "index", cache, progress=False)
+    shutil.rmtree(cache.root / "files")
+    found = Shards(tmp_path / "index", cache)
+    assert [found.read(i) for i in range(6)] == EXPECTED
+    with pytest.raises(PermissionError):
+        Shards(tmp_path / "index", Cache(folder=tmp_path / "another"))
+
+
+def test_files_that_an_index_leads_to_are_tars(tmp_path, cache):
+    (tmp_path / "secret").write_bytes(b"a word that is nobody's business")
+    with pytest.raises(ValueError, match=r"index\.json: shards\.0\.file: .*secret: expected a file .* ends in \.tar"):
+        Shards(leading_to(tmp_path / "theirs", str(tmp_path / "secret")), cache)
+    with pytest.raises(ValueError, match=r"secret: expected a file .* ends in \.tar"):
+        tars.expand([f"{tmp_path}/secre*"])
+    os.mkfifo(tmp_path / "waits.tar")
+    with pytest.raises(FileNotFoundError, match=r"waits\.tar"):
+        Shards(leading_to(tmp_path / "others", str(tmp_path / "waits.tar")), cache)
+    with pytest.raises(FileNotFoundError, match=r"waits\.tar: no such file"):
+        cache.open(str(tmp_path / "waits.tar"))
 
 
 def test_captions_are_read_as_records(tmp_path, cache):
@@ -228,6 +271,7 @@ def test_indexing_that_was_cut_short_goes_on(folder, cache, tmp_path):
 
 def test_processes_fetch_a_shard_once(folder, cache):
     place = counted(folder / "000.tar", "sleep 0.3; ")
+    cache.trust([place])
     with multiprocessing.get_context("fork").Pool(3) as pool:
         contents = pool.map(functools.partial(fetched, cache), [place] * 3, chunksize=1)
     assert contents == [(folder / "000.tar").read_bytes()] * 3
@@ -246,6 +290,7 @@ def test_the_cache_keeps_to_its_limit_and_lets_go_of_what_is_oldest(folder, tmp_
         shutil.copy(folder / "000.tar", folder / f"copy{n}.tar")
         places.append(counted(folder / f"copy{n}.tar"))
     cache = Cache(folder=tmp_path / "small", gigabytes=2.5 * size / 1e9)
+    cache.trust(places)
     first = cache.open(places[0])
     for n in (1, 0, 2, 0, 3):
         fetched(cache, places[n])

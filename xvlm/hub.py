@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,12 +148,16 @@ def sha256(path: Path) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it takes the place of ``path`` in one step once the body has finished."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    yield unfinished
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.chmod(0o644)  # some writers make files that only their owner can read
-    unfinished.replace(path)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")  # another process may write it, too
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.chmod(0o644)  # some writers make files that only their owner can read
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -36,21 +36,23 @@ def pack(
 ) -> None:
     """Pack a source into tar shards. Packing that was interrupted goes on where it was."""
     from xvlm.data import pack as packing
-    from xvlm.data.shards import REMARKS, read_remarks
+    from xvlm.data.shards import INDEX, REMARKS, read_remarks
 
     asked = {"reader": reader, "out": out, "folder": folder, "splits": {split: limit}, "allow_missing": allow_missing}
     asked |= {"files": {split: file} if file else {}, "images": images or []}
     asked |= {"masks": masks, "allow_broken": allow_broken, "max_side": max_side, "avoid": avoid or [], "leaks": leaks}
     asked["workers"] = _cores() if workers is None else workers
     config = validate(packing.CorpusConfig, asked, "xvlm data pack")
+    before = (out / split / INDEX).exists()
     packed = packing.pack(config)[split]
     said = Counter((remark.why, remark.packed) for remark in read_remarks(out / split))
     for (why, kept), count in said.items():
-        outcome = "packed all the same" if kept else "left out"
+        outcome = "packed without some" if why == "statements" else "packed all the same" if kept else "left out"
         typer.echo(f"{why}: {count} {outcome}, listed in {out / split / REMARKS}")
     if config.avoid and not any(why == "leak" for why, _ in said):
         typer.echo("leak: 0")
-    typer.echo(f"{out / split}: {counted(len(packed), 'record')}")
+    done = ", packed already: nothing was done" if before else ""
+    typer.echo(f"{out / split}: {counted(len(packed), 'record')}{done}")
 
 
 @app.command()
@@ -141,7 +143,9 @@ def index(
     from xvlm.data.cache import Cache
     from xvlm.data.tars import expand, write_index
 
-    index = write_index(expand(tars), out, Cache(folder=cache, gigabytes=gigabytes))
+    places = expand(tars)
+    Cache().trust(places)  # so that what reads the index with another cache may run them too
+    index = write_index(places, out, Cache(folder=cache, gigabytes=gigabytes))
     typer.echo(f"{out}: {counted(index.counts['records'], 'record')} in {counted(len(index.shards), 'tar')}")
 
 

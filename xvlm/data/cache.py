@@ -3,9 +3,10 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -16,11 +17,18 @@ from xvlm import hub
 from xvlm.config import Configured
 
 TRIES = 3
+TRUSTED = "trusted"  # the folder of commands that may be run
+_HARMLESS = re.compile(r"(https?|gs|hf)://")  # read by a program that takes an address, not by a shell
 
 
 def is_remote(place: str) -> bool:
     """Whether a place is a URL or a ``pipe:`` command, not a path."""
     return place.startswith("pipe:") or "://" in place
+
+
+def _may_run(place: str) -> bool:
+    """Whether opening a place may run what it says; of other kinds of URLs, webdataset decides what they do."""
+    return is_remote(place) and not _HARMLESS.match(place)
 
 
 def digest(*places: str) -> str:
@@ -44,10 +52,14 @@ class Cache(Configured):
         """A path as it is; a URL or pipe after it was fetched, by one process while the others wait.
 
         Raises:
+            PermissionError: a command that nobody gave here; see :meth:`trust`.
             OSError: there is no such file, or it cannot be fetched (after three tries); names the place.
         """
         if not is_remote(place):
+            if not Path(place).is_file():  # a named pipe would never end
+                raise FileNotFoundError(f"{place}: no such file")
             return Path(place).open("rb", buffering=0)
+        self.check(place)
         kept = self.root / "files" / digest(place)
         with alone(kept):
             try:
@@ -57,6 +69,23 @@ class Cache(Configured):
             now = time.time_ns()  # finer than the clock that files get their times from
             os.utime(file.fileno(), ns=(now, now))
             return file
+
+    def trust(self, places: Iterable[str]) -> None:
+        """Note the commands among places that the user named: no others are run because an index leads to them."""
+        for place in filter(_may_run, places):
+            note = self.root / TRUSTED / digest(place)
+            if not note.exists():
+                note.parent.mkdir(parents=True, exist_ok=True)
+                hub.write_atomically(note, place)
+
+    def check(self, place: str) -> None:
+        """Raises PermissionError over a command that nobody gave to :meth:`trust`, of this cache or the default one."""
+        notes = [cache.root / TRUSTED / digest(place) for cache in (self, Cache())]
+        if _may_run(place) and not any(note.exists() and note.read_text("utf-8") == place for note in notes):
+            raise PermissionError(
+                f"{place}: an index leads to this, and commands in files are not run; if you trust it, name it "
+                "where shards are named, or give it to xvlm data index"
+            )
 
     def _fetch(self, place: str, kept: Path) -> BinaryIO:
         from webdataset.gopen import gopen

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from xvlm import hub
 from xvlm.data.cache import Cache, is_remote
-from xvlm.data.leaks import Hashes, perceptual_hash
+from xvlm.data.leaks import Look, Looks, look_at
 from xvlm.data.parallel import ordered_map
 from xvlm.data.problems import KINDS, Item, Problem, boxes_of, problems_of, put_right
 from xvlm.data.readers.entries import listing
@@ -163,7 +163,7 @@ class _Seen(NamedTuple):
     record: str
     problems: list[Problem]
     digest: bytes
-    perceptual: int | None
+    look: Look | None
     boxes: int
     in_corner: int
     sample: tuple[Record, bytes] | None
@@ -188,7 +188,7 @@ def _look(item: Item | Problem, max_words: int, ignore: Collection[str], hashed:
         record=item.record,
         problems=problems,
         digest=hashlib.sha256(item.image + json.dumps(item.document, sort_keys=True).encode()).digest(),
-        perceptual=perceptual_hash(picture) if hashed and picture is not None else None,
+        look=look_at(picture) if hashed and picture is not None else None,
         boxes=len(boxes),
         in_corner=sum(list(box)[2:] == corner for box in boxes if isinstance(box, list)),
         sample=sample,
@@ -220,7 +220,7 @@ def _gathered(seen: Iterable[_Seen | Problem], report: Report, fix: bool) -> Ite
         message = f"{in_corner} of {boxes} boxes end in the lower right corner of their image, as if cut off there"
         where = str(Path(next(iter(first.values())).where).parent)
         report.problems.append(Problem("box-looks-xyxy", (), message, where=where))
-    report.problems += _near_duplicates([one for one in first.values() if one.perceptual is not None])
+    report.problems += _near_duplicates([one for one in first.values() if one.look is not None])
 
 
 def _repeated(one: _Seen, earlier: _Seen) -> Problem:
@@ -244,10 +244,9 @@ def _changes(record: str, problems: list[Problem], packed: bool) -> Iterator[dic
 
 def _near_duplicates(hashed: list[_Seen]) -> Iterator[Problem]:
     """One problem for each image that looks like an earlier one."""
-    hashes = [one.perceptual for one in hashed]
-    index = Hashes(hashes)
+    index = Looks([one.look for one in hashed])
     for i, one in enumerate(hashed):
-        earlier = [near for near in index.near(hashes[i]) if near.index < i]
+        earlier = [near for near in index.near(one.look) if near.index < i]
         if earlier:
             other, distance = hashed[earlier[0].index], earlier[0].distance
             message = f"looks like record {other.record} ({distance} of 64 bits differ)"

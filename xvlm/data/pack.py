@@ -1,6 +1,7 @@
 """From a source people have (generated scenes, public formats) to validated shards, one folder per split."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from tqdm import tqdm
 
+from xvlm import hub
 from xvlm.config import Configured
 from xvlm.data import scenes
+from xvlm.data.fingerprint import fingerprint
 from xvlm.data.leaks import Guard
 from xvlm.data.prepare import Preparation
 from xvlm.data.records import Record
 from xvlm.data.scenes import SceneConfig
-from xvlm.data.shards import INDEX, Shards, sha256, write_shards
+from xvlm.data.shards import INDEX, Shards, read_index, read_remarks, source_digest, write_shards
 
 # Each but the scenes is a module of xvlm.data.readers, whose docstring shows the files it expects.
 Reader = Literal[
@@ -39,6 +42,8 @@ Reader = Literal[
 ]
 
 HELD_OUT = 10  # one image in so many, of a file that is to be trained and validated on
+
+FINGERPRINT = "fingerprint"  # of the source, beside the index
 
 # Readers of files that may have any name; the others know theirs by their names.
 OF_FILES = ("csv_table", "coco_json", "json_lines", "xvlm_jsonl", "albef_json", "odvg")
@@ -92,35 +97,75 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
     """Pack every split that is not packed yet; a split counts as packed once its index stands.
 
     Raises:
-        FileNotFoundError, ValueError: from the reader, or about an image that cannot be packed, naming file and record.
+        FileNotFoundError, ValueError: from the reader, or about an image that cannot be packed, naming file and record;
+            or a split was packed from something else, or from a source that has changed since.
     """
-    packed, guard = {}, None
+    guard = None
     for split, limit in config.splits.items():
         folder, description = config.out / split, _description(config, split, limit)
-        if (folder / "index.json").exists():
-            before = Shards(folder).description
-            if before != description:
-                raise ValueError(
-                    f"{folder} was packed from something else ({_difference(before, description)}); choose another "
-                    "folder (corpus.out), or remove this one to pack it anew"
-                )
-        else:
-            if config.avoid and guard is None:
-                guard = Guard(config.avoid, config.workers, progress=True)
-            prepare = Preparation(config.max_side, config.allow_broken, guard, config.leaks == "report")
-            absent: list[str] = []
-            bar = tqdm(read(config, split, limit, absent), desc=f"packing {split}", unit="record", total=limit)
-            write_shards(
-                iter(bar),
-                folder,
-                prepare=prepare,
-                absent=absent,
-                workers=config.workers,
-                description=description,
-                progress=False,
-            )
-        packed[split] = Shards(folder)
-    return packed
+        source = _Source(config, split, limit)
+        if (folder / INDEX).exists():
+            _check_same(folder, source, description)
+            continue
+        if config.avoid and guard is None:
+            guard = Guard(config.avoid, config.workers, progress=True)
+        before = source.fingerprint()
+        write_shards(
+            source,
+            folder,
+            prepare=Preparation(config.max_side, config.allow_broken, guard, config.leaks == "report"),
+            absent=source.absent,
+            workers=config.workers,
+            description=description,
+            progress=False,
+        )
+        after = source.fingerprint(source.absent)
+        if after and source.fingerprint() == before:  # else it changed meanwhile, and is compared the next time
+            hub.write_atomically(folder / FINGERPRINT, after)
+    return {split: Shards(config.out / split) for split in config.splits}
+
+
+class _Source:
+    """The samples of a split, read from the beginning each time."""
+
+    def __init__(self, config: CorpusConfig, split: str, limit: int | None):
+        self.config, self.split, self.limit = config, split, limit
+        self.absent: list[str] = []  # of the images, once all samples were read
+
+    def __iter__(self) -> Iterator[tuple[Record, bytes]]:
+        self.absent.clear()
+        samples = read(self.config, self.split, self.limit, self.absent)
+        return iter(tqdm(samples, desc=f"packing {self.split}", unit="record", total=self.limit))
+
+    def fingerprint(self, absent: Collection[str] = ()) -> str | None:
+        """Of the files as they are now; None: they are gone, or the description has a digest of all that matters."""
+        if self.config.files and not absent:
+            return None
+        folder = _folder(self.config, self.split)
+        folders = [each for each in (folder, *self.config.images) if each is not None]
+        if not folders or not all(each.is_dir() for each in folders):
+            return None
+        return "\n".join(fingerprint(each, absent, leave_out=self.config.out) for each in folders)
+
+
+def _check_same(folder: Path, source: _Source, description: dict[str, Any]) -> None:
+    """Raises ValueError where a packed folder is not what packing would give now, and says why."""
+    index = read_index(folder)
+    if not index.source:  # packed before these were kept, nor anything that tells whether the source changed
+        description = {name: value for name, value in description.items() if not name.startswith("allow_")}
+    remedy = "choose another folder (corpus.out), or remove this one to pack it anew"
+    if index.description != description:
+        raise ValueError(
+            f"{folder} was packed from something else ({_difference(index.description, description)}); {remedy}"
+        )
+    kept = folder / FINGERPRINT
+    now = source.fingerprint([remark.record for remark in read_remarks(folder) if remark.why == "absent"])
+    if not index.source or now is None or (kept.exists() and kept.read_text() == now):
+        return
+    if source_digest(source) != index.source:
+        raise ValueError(f"{folder}: the source has changed since this was packed; {remedy}")
+    with suppress(OSError):  # a folder that cannot be written to is compared each time
+        hub.write_atomically(kept, now)
 
 
 def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
@@ -128,17 +173,18 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
     description: dict[str, Any] = {"reader": config.reader, "split": split, "limit": limit}
     if config.max_side is not None:
         description["max_side"] = config.max_side
-    if config.masks:
-        description["masks"] = True
+    for name in ("masks", "allow_missing", "allow_broken"):
+        if getattr(config, name):
+            description[name] = True
     if config.avoid:
-        avoid = {str(folder.resolve()): sha256(folder / INDEX) for folder in config.avoid}
+        avoid = {str(folder.resolve()): hub.sha256(folder / INDEX) for folder in config.avoid}
         description |= {"avoid": avoid, "leaks": config.leaks}
     if config.reader == "scenes":
         return description | {"version": scenes.VERSION, "scenes": config.scenes.model_dump(mode="json")}
     description |= {"folder": str(config.folder.resolve()) if config.folder else None}
     if config.files:
-        digests = [sha256(file) for file in _files(config, split)]
-        description |= {"files": digests, "holds_out": config.holds_out}
+        digests = [hub.sha256(file) for file in _files(config, split)]
+        description |= {"file": digests[0] if len(digests) == 1 else digests, "holds_out": config.holds_out}
     if config.images:
         description["images"] = [str(folder.resolve()) for folder in config.images]
     return description
@@ -172,7 +218,7 @@ def read(
     if config.files:
         files = _files(config, split)
         holds_out = config.holds_out and split in ("train", "val")
-        samples = reader.read(config.folder or files[0].parent, "train" if holds_out else split, files=files, **options)
+        samples = reader.read(_folder(config, split), "train" if holds_out else split, files=files, **options)
         if holds_out:
             samples = _held_out(samples, split, files[0])
     elif config.folder is None:
@@ -192,6 +238,11 @@ def _held_out(samples: Iterable[tuple[Record, bytes]], split: str, file: Path) -
     if number < 1:
         few = "no image" if number < 0 else "one image, which is held out as val"
         raise ValueError(f"{file}: there is {few}; expected two or more, or a file for val of its own")
+
+
+def _folder(config: CorpusConfig, split: str) -> Path | None:
+    """Where the data of a split are; files bring their folder."""
+    return _files(config, split)[0].parent if config.files and config.folder is None else config.folder
 
 
 def _files(config: CorpusConfig, split: str) -> list[Path]:

@@ -5,6 +5,7 @@ A packed folder holds ``000000.tar``, ``000001.tar``, ... with members ``<id>.jp
 :mod:`xvlm.data.tars` leads to tars elsewhere.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from tqdm import tqdm
 
 from xvlm import hub
@@ -29,11 +31,14 @@ from xvlm.data.cache import Cache, is_remote
 from xvlm.data.images import open_image
 from xvlm.data.parallel import ordered_map
 from xvlm.data.records import Record
+from xvlm.hub import sha256
+from xvlm.prose import counted
 
 INDEX = "index.json"
-JOURNAL = "packing.jsonl"  # of a folder that is not packed yet
+JOURNAL = "packing.jsonl"  # of a folder that is not packed yet; locked by the process that packs it
 REMARKS = "remarks.jsonl"
 Extent = Annotated[int, Field(ge=0, lt=2**63)]  # bytes
+BYTES_PER_SHARD = 1 << 29  # a shard that has them is full
 OPEN_AT_ONCE = 16  # shards an instance keeps open: twice a window of `epoch_order`
 AGAIN_AFTER = 600.0  # seconds until a shard that cannot be read is tried again
 
@@ -51,13 +56,24 @@ class BrokenSample(Exception):
         return f"{self.shard}/{self.key}: {self.reason}"
 
 
+def leads_to_tar(file: str) -> str:
+    """The place of a shard as it is. An index may come from anyone, so that of files it leads to tars only.
+
+    Raises:
+        ValueError: a path that does not end in ``.tar``.
+    """
+    if not is_remote(file) and not file.endswith(".tar"):
+        raise ValueError(f"{file}: expected a file whose name ends in .tar")
+    return file
+
+
 class Shard(Configured):
     """One tar file. ``samples``: key, image offset, image size, text offset, text size, in bytes of the file.
 
     ``sha256`` is of the file; empty in folders packed before it was kept, and of tars of others.
     """
 
-    file: str  # in the folder of the index; or a path, a URL or a pipe
+    file: Annotated[str, AfterValidator(leads_to_tar)]  # in the folder of the index; or a path, a URL or a pipe
     size: int
     text: Literal["json", "txt"] = "json"  # a record, or a caption
     samples: list[tuple[str, Extent, Extent, Extent, Extent]]
@@ -65,10 +81,14 @@ class Shard(Configured):
 
 
 class Index(Configured):
-    """What a packed folder holds; ``counts`` is of the records and of everything said in them."""
+    """What a packed folder holds; ``counts`` is of the records and of everything said in them.
+
+    ``source`` is the :func:`source_digest` of what was read; empty where it was not kept, and of tars of others.
+    """
 
     version: Literal[1] = 1
     description: dict = {}
+    source: str = ""
     counts: dict[str, int]
     shards: list[Shard]
 
@@ -76,17 +96,18 @@ class Index(Configured):
 class Remark(Configured):
     """What there is to say about a record that was left out, or packed although something speaks against it.
 
-    ``record`` is the image's name where ``why`` is absent: there is no record then.
+    ``record`` is the image's name where ``why`` is absent: there is no record then. Where it is ``statements``, those
+    about an image that was left out are missing from a record that is packed.
     """
 
     record: str
-    why: Literal["unreadable", "leak", "absent"]
+    why: Literal["unreadable", "leak", "absent", "statements"]
     packed: bool
     message: str
 
 
 class Prepared(NamedTuple):
-    """What becomes of a sample on its way into a shard; None: it is left out."""
+    """What becomes of a sample on its way into a shard; None: it is left out, and the remark says why."""
 
     sample: tuple[Record, bytes] | None
     remark: Remark | None = None
@@ -122,73 +143,73 @@ def write_shards(
 ) -> Index:
     """Pack records and their encoded images (JPEG, PNG or WebP). The same samples give the same bytes.
 
-    Shards appear under their names once they are complete and read back as they were meant. A journal beside them says
-    what went into each; packing that was cut short goes on after the last shard whose samples, on reading them again,
-    are the same ones, with the same description. The journal goes when the index comes. Remarks are in
-    ``remarks.jsonl``.
+    Samples go to the disk one by one. Shards appear under their names once they are complete and read back as they were
+    meant; one is full with ``samples_per_shard``, or with half a gigabyte. A journal beside them says what went into
+    each; packing that was cut short goes on after the last shard whose samples, on reading them again, are the same
+    ones, with the same description. The journal goes when the index comes. Remarks are in ``remarks.jsonl``.
 
     Args:
+        samples: may be read from the beginning more than once; an iterator, which cannot, is packed anew each time.
         prepare: what each sample goes through first, in ``workers`` processes (0: in this one); it must give equal
             results for equal samples, and differ only where the description does.
         absent: names of images that samples should have had, complete once all samples were read; they become remarks.
 
+    Statements about an image that was left out before their record comes are left out, too.
+
     Raises:
-        FileExistsError: the folder is packed already.
+        FileExistsError: the folder is packed already, or another process is at it.
         ValueError: an id occurs twice or has a dot, bytes that are no image, or no samples; names the record.
         OSError: a shard does not read back as it was written.
     """
-    if (folder / INDEX).exists():
-        raise FileExistsError(f"{folder / INDEX}: this folder is packed already")
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = iter(tqdm(samples, desc=f"packing {folder}", unit="record", disable=not progress))
-    header = json.dumps({"description": description or {}, "samples_per_shard": samples_per_shard})
-    finished, stream = _continue(folder, header, stream)
-    seen = {row[0] for part in finished for row in part.shard.samples}
-    kept: list[tuple[Record, bytes]] = []
-    digests: list[bytes] = []
-    remarks: list[Remark] = []
+    header = {"description": description or {}, "samples": samples_per_shard, "bytes": BYTES_PER_SHARD}
+    with _claimed(folder) as journal:
+        finished, stream, whole = _continue(folder, journal, json.dumps(header).encode() + b"\n", samples)
+        stream = tqdm(stream, desc=f"packing {folder}", unit="record", disable=not progress)
+        seen = {row[0] for part in finished for row in part.shard.samples}
+        digests: list[bytes] = []
+        remarks: list[Remark] = []
+        gone = {remark.record for part in finished for remark in part.remarks if not remark.packed}
 
-    def finish() -> None:
-        shard = _write_shard(kept, folder / f"{len(finished):06d}.tar")
-        counts = _total(_counts(record) for record, _ in kept)
-        part = _Finished(shard=shard, read=len(digests), source=_together(digests), counts=counts, remarks=[*remarks])
-        journal.write(part.model_dump_json() + "\n")
-        journal.flush()
-        finished.append(part)
-        for each in (kept, digests, remarks):
-            each.clear()
+        def kept() -> Iterator[tuple[Record, bytes]]:
+            for digest, (sample, remark) in ordered_map(partial(_prepared, prepare), stream, workers):
+                digests.append(digest)
+                if remark is not None:
+                    remarks.append(remark)
+                if sample is None:
+                    gone.add(remark.record)
+                    continue
+                record, image = sample
+                if record.id in seen:
+                    raise ValueError(f"record {record.id!r}: this id occurs twice; ids must be unique within {folder}")
+                seen.add(record.id)
+                left = [statement for statement in record.statements if statement.other not in gone]
+                if lost := len(record.statements) - len(left):
+                    message = f"without {counted(lost, 'statement')} about images that were left out"
+                    remarks.append(Remark(record=record.id, why="statements", packed=True, message=message))
+                    record = record.model_copy(update={"statements": left})
+                yield record, image
 
-    with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-        for digest, (sample, remark) in ordered_map(partial(_prepared, prepare), stream, workers):
-            digests.append(digest)
-            if remark is not None:
-                remarks.append(remark)
-            if sample is None:
-                continue
-            if sample[0].id in seen:
-                raise ValueError(f"record {sample[0].id!r}: this id occurs twice; ids must be unique within {folder}")
-            seen.add(sample[0].id)
-            kept.append(sample)
-            if len(kept) == samples_per_shard:
-                finish()
-        if kept:
-            finish()
-    if not finished:
-        left_out = f"; {len(remarks)} were left out, the first because {remarks[0].message}" if remarks else ""
-        raise ValueError(f"{folder}: there are no samples to pack{left_out}")
-    remarks = [remark for part in finished for remark in part.remarks] + remarks
-    remarks += [Remark(record=name, why="absent", packed=False, message="listed, but not there") for name in absent]
-    if remarks:
-        hub.write_atomically(folder / REMARKS, "".join(remark.model_dump_json() + "\n" for remark in remarks))
-    written = {part.shard.file for part in finished}
-    for leftover in [*folder.glob("[0-9]*.tar"), *folder.glob(".[0-9]*.tar.unfinished")]:
-        if leftover.name not in written:
-            leftover.unlink()
-    counts = _total(part.counts for part in finished)
-    index = Index(description=description or {}, counts=counts, shards=[part.shard for part in finished])
-    hub.write_atomically(folder / INDEX, index.model_dump_json())
-    (folder / JOURNAL).unlink()
-    return index
+        for first in (following := kept()):
+            path = folder / f"{len(finished):06d}.tar"
+            shard, counts = _write_shard(chain([first], following), path, samples_per_shard)
+            read, source = len(digests), _together(digests)
+            finished.append(_Finished(shard=shard, read=read, source=source, counts=counts, remarks=[*remarks]))
+            journal.write(finished[-1].model_dump_json().encode() + b"\n")
+            journal.flush()
+            whole.update(b"".join(digests))
+            digests.clear()
+            remarks.clear()
+        whole.update(b"".join(digests))
+        remarks += [Remark(record=name, why="absent", packed=False, message="listed, but not there") for name in absent]
+        return _conclude(folder, finished, remarks, description or {}, whole.hexdigest())
+
+
+def source_digest(samples: Iterable[tuple[Record, bytes]]) -> str:
+    """Of all records and images that a source gives, as the index of what was packed from it has it."""
+    whole = hashlib.sha256()
+    for sample in samples:
+        whole.update(_digest(*sample))
+    return whole.hexdigest()
 
 
 def read_index(folder: Path) -> Index:
@@ -206,26 +227,73 @@ def read_remarks(folder: Path) -> list[Remark]:
     return [Remark.model_validate_json(line) for line in file.read_bytes().splitlines()] if file.exists() else []
 
 
-def _continue(folder: Path, header: str, stream: Iterator) -> tuple[list[_Finished], Iterator]:
-    """The shards of an attempt that was cut short, as far as they are of this packing, and the samples that follow."""
-    first, *lines = (folder / JOURNAL).read_text(encoding="utf-8").splitlines() if (folder / JOURNAL).exists() else [""]
-    finished: list[_Finished] = []
-    for line in lines if first == header else []:
+@contextmanager
+def _claimed(folder: Path) -> Iterator[BinaryIO]:
+    """The journal of a folder that is not packed yet, for this process alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / JOURNAL).open("a+b") as journal:
         try:
-            part = _Finished.model_validate_json(line)
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except BlockingIOError:
+            raise FileExistsError(f"{folder}: another process is packing into this folder") from None
+        if (folder / INDEX).exists():
+            (folder / JOURNAL).unlink()
+            raise FileExistsError(f"{folder / INDEX}: this folder is packed already")
+        for leftover in folder.glob(".[0-9]*.tar.*unfinished"):
+            leftover.unlink()
+        yield journal
+
+
+def _continue(
+    folder: Path, journal: BinaryIO, header: bytes, samples: Iterable[tuple[Record, bytes]]
+) -> tuple[list[_Finished], Iterator[tuple[Record, bytes]], "hashlib._Hash"]:
+    """The shards of an attempt that was cut short, as far as they are of this packing; the samples that follow; and the
+    hash of those before, for :func:`source_digest`."""
+    journal.seek(0)
+    first, *lines = journal.readlines() or [b""]
+    stream, whole = iter(samples), hashlib.sha256()
+    finished: list[_Finished] = []
+    for line in lines if first == header and stream is not samples else []:
+        try:
+            part = _Finished.model_validate_json(line.removesuffix(b"\n") if line.endswith(b"\n") else b"")
         except ValidationError:  # cut short itself
             break
         tar = folder / part.shard.file
         if not tar.exists() or sha256(tar) != part.shard.sha256:
             break
-        again = list(islice(stream, part.read))
-        if _together([_digest(*sample) for sample in again]) != part.source:
-            stream = chain(again, stream)
+        digests = [_digest(*sample) for sample in islice(stream, part.read)]
+        if _together(digests) != part.source:
+            stream = islice(iter(samples), sum(before.read for before in finished), None)
             break
+        whole.update(b"".join(digests))
         finished.append(part)
-    lines = [header, *(part.model_dump_json() for part in finished)]
-    hub.write_atomically(folder / JOURNAL, "\n".join(lines) + "\n")
-    return finished, stream
+    journal.truncate(0)
+    journal.write(b"".join([header, *lines[: len(finished)]]))
+    journal.flush()
+    return finished, stream, whole
+
+
+def _conclude(folder: Path, finished: list[_Finished], remarks: list[Remark], description: dict, source: str) -> Index:
+    """A folder of which all shards stand becomes a packed one.
+
+    Args:
+        remarks: those about samples behind the last shard.
+    """
+    remarks = [remark for part in finished for remark in part.remarks] + remarks
+    if not finished:
+        left_out = f"; {len(remarks)} were left out, the first because {remarks[0].message}" if remarks else ""
+        raise ValueError(f"{folder}: there are no samples to pack{left_out}")
+    if remarks:
+        hub.write_atomically(folder / REMARKS, "".join(remark.model_dump_json() + "\n" for remark in remarks))
+    written = {part.shard.file for part in finished}
+    for leftover in folder.glob("[0-9]*.tar"):
+        if leftover.name not in written:
+            leftover.unlink()
+    counts = _total(part.counts for part in finished)
+    index = Index(description=description, source=source, counts=counts, shards=[part.shard for part in finished])
+    hub.write_atomically(folder / INDEX, index.model_dump_json())
+    (folder / JOURNAL).unlink()
+    return index
 
 
 def _prepared(prepare: Callable[[Record, bytes], Prepared], sample: tuple[Record, bytes]) -> tuple[bytes, Prepared]:
@@ -233,52 +301,61 @@ def _prepared(prepare: Callable[[Record, bytes], Prepared], sample: tuple[Record
 
 
 def _digest(record: Record, image: bytes) -> bytes:
-    return hashlib.sha256(hashlib.sha256(image).digest() + record.model_dump_json().encode()).digest()
+    return hashlib.sha256(hashlib.sha256(image).digest() + _document(record)).digest()
 
 
 def _together(digests: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Of a file of any size, in hexadecimal."""
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            whole.update(part)
-    return whole.hexdigest()
+class _Written(NamedTuple):
+    """What is kept of a sample in a shard that is written: its image may be large."""
+
+    record: Record
+    suffix: str
+    image: bytes  # SHA-256
 
 
-def _write_shard(samples: Sequence[tuple[Record, bytes]], path: Path) -> Shard:
+def _write_shard(
+    samples: Iterable[tuple[Record, bytes]], path: Path, samples_per_shard: int
+) -> tuple[Shard, dict[str, int]]:
+    """A shard of as many samples as go in, and what to count in it."""
     from webdataset.writer import TarWriter
 
-    with hub.replacing(path) as unfinished, unfinished.open("wb") as file:
-        # pax, because ustar has no room for names above 100 bytes
-        writer = TarWriter(file, encoder=False, mtime=0, user="xvlm", group="xvlm", mode=0o644, format="PAX_FORMAT")
-        with writer:
-            for record, image in samples:
-                document = record.model_dump_json(exclude_defaults=True).encode()
-                writer.write({"__key__": _key(record), _image_suffix(record, image): image, "json": document})
-        file.flush()
-        shard = _read_back(samples, unfinished, path)
-    return shard
+    written, size = [], 0
+    with hub.replacing(path) as unfinished:
+        with unfinished.open("wb") as file:
+            # pax, because ustar has no room for names above 100 bytes
+            style = {"mtime": 0, "user": "xvlm", "group": "xvlm", "mode": 0o644, "format": "PAX_FORMAT"}
+            with TarWriter(file, encoder=False, **style) as writer:
+                for record, image in samples:
+                    suffix = _image_suffix(record, image)
+                    size += writer.write({"__key__": _key(record), suffix: image, "json": _document(record)})
+                    written.append(_Written(record, suffix, hashlib.sha256(image).digest()))
+                    if len(written) == samples_per_shard or size >= BYTES_PER_SHARD:
+                        break
+        return _read_back(written, unfinished, path), _total(_counts(each.record) for each in written)
 
 
-def _read_back(samples: Sequence[tuple[Record, bytes]], unfinished: Path, path: Path) -> Shard:
+def _read_back(written: Sequence[_Written], unfinished: Path, path: Path) -> Shard:
     """Where everything is in a tar file; that it is there, and whole."""
     with tarfile.open(unfinished) as tar:
         members = {member.name: (member.offset_data, member.size) for member in tar}
     rows = []
     with unfinished.open("rb") as file:
-        for record, image in samples:
-            extents = members.get(f"{record.id}.{_image_suffix(record, image)}"), members.get(f"{record.id}.json")
+        for record, suffix, digest in written:
+            extents = members.get(f"{record.id}.{suffix}"), members.get(f"{record.id}.json")
             if None in extents:
                 raise OSError(f"{path}: record {record.id!r} was written but is not there")
-            found = [os.pread(file.fileno(), size, offset) for offset, size in extents]
-            if found[0] != image or Record.model_validate_json(found[1]) != record:
+            image, document = (os.pread(file.fileno(), size, offset) for offset, size in extents)
+            if hashlib.sha256(image).digest() != digest or Record.model_validate_json(document) != record:
                 raise OSError(f"{path}: record {record.id!r} does not read back as it was written; is the disk sound?")
             rows.append((record.id, *extents[0], *extents[1]))
     return Shard(file=path.name, size=unfinished.stat().st_size, samples=rows, sha256=sha256(unfinished))
+
+
+def _document(record: Record) -> bytes:
+    return record.model_dump_json(exclude_defaults=True).encode()
 
 
 def _key(record: Record) -> str:
@@ -319,6 +396,7 @@ class Shards:
 
     Raises:
         FileNotFoundError: the folder is not packed, or a shard of its index is missing.
+        PermissionError: the index leads to a command that nobody gave here; see :meth:`Cache.trust`.
         ValueError: an index that cannot be read; names it.
     """
 
@@ -327,10 +405,12 @@ class Shards:
         index = _read_index(self.folder / INDEX)
         self.description, self.counts = index.description, index.counts
         self.files = [shard.file if is_remote(shard.file) else str(self.folder / shard.file) for shard in index.shards]
-        if missing := [file for file in self.files if not is_remote(file) and not Path(file).exists()]:
+        if missing := [file for file in self.files if not is_remote(file) and not Path(file).is_file()]:
             raise FileNotFoundError(
                 f"{self.folder}: {len(missing)} of {len(self.files)} shards are missing, first {missing[0]}"
             )
+        for file in self.files:
+            cache.check(file)
         self.sizes = [len(shard.samples) for shard in index.shards]
         self._bytes = [shard.size for shard in index.shards]
         self._captions = [shard.text == "txt" for shard in index.shards]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from xvlm import hub
 from xvlm.data.cache import Cache, alone, digest, is_remote
-from xvlm.data.shards import INDEX, Index, Shard
+from xvlm.data.shards import INDEX, Index, Shard, leads_to_tar
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER = 1 << 28  # bytes; no photograph or caption is larger
@@ -42,6 +42,7 @@ def locate(entry: str, cache: Cache) -> Path:
     if not is_remote(entry) and (Path(entry).is_dir() or not re.search(r"\.tar$|[*?{]", entry)):
         return Path(entry)
     places = expand([entry])
+    cache.trust(places)
     folder = cache.root / "indexes" / digest(*places)
     with alone(folder):
         if not (folder / INDEX).exists():
@@ -54,6 +55,7 @@ def expand(entries: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: an entry matches nothing.
+        ValueError: a file whose name does not end in ``.tar``.
     """
     from braceexpand import braceexpand
 
@@ -63,7 +65,7 @@ def expand(entries: Sequence[str]) -> list[str]:
             found = [place] if is_remote(place) else _matching(Path(place).absolute())
             if not found:
                 raise FileNotFoundError(f"{place}: no such file")
-            places += found
+            places += map(leads_to_tar, found)
     return places
 
 
@@ -74,6 +76,8 @@ def _matching(pattern: Path) -> list[str]:
 def write_index(places: Sequence[str], folder: Path, cache: Cache, *, progress: bool = True) -> Index:
     """Read every tar once and write the folder's ``index.json``; tars in the folder itself may move with it.
 
+    Commands among the places are trusted from now on: whoever calls this names them.
+
     Raises:
         FileExistsError: the folder has an index already.
         OSError: a tar cannot be fetched.
@@ -81,6 +85,7 @@ def write_index(places: Sequence[str], folder: Path, cache: Cache, *, progress: 
     """
     if (folder / INDEX).exists():
         raise FileExistsError(f"{folder / INDEX}: this folder has an index already")
+    cache.trust(places)
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
 

@@ -1,0 +1,41 @@
+"""Whether a source may have changed since it was packed, told without reading its files."""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+def fingerprint(folder: Path, absent: Collection[str], leave_out: Path) -> str:
+    """Of the names, sizes and times of all files that are no images, and of those absent images that are there now.
+
+    Photographs cost a look at their names; one that is replaced under its name changes nothing here.
+
+    Args:
+        folder: of the source.
+        absent: names of images that the source lists but did not have.
+        leave_out: a folder that may lie in the source's and is none of it.
+    """
+    wanted = {Path(name).stem for name in absent}
+    whole = hashlib.sha256()
+    for path in _files(folder, {leave_out.resolve()}):
+        if path.suffix.lower() not in IMAGES:
+            about = path.stat()
+            whole.update(f"{path.relative_to(folder)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode(errors="replace"))
+        elif path.stem in wanted:
+            whole.update(f"{path.stem}\n".encode(errors="replace"))
+    return whole.hexdigest()
+
+
+def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """In order; behind links to folders too, each folder once."""
+    seen.add(folder.resolve())
+    with os.scandir(folder) as entries:
+        inside = sorted(entries, key=lambda each: each.name)
+    for each in inside:
+        if not each.is_dir():
+            yield Path(each.path)
+        elif Path(each.path).resolve() not in seen:
+            yield from _files(Path(each.path), seen)
