@@ -142,7 +142,10 @@ class _Source:
         if self.config.files and not absent:
             return None
         folder = _folder(self.config, self.split)
-        return fingerprint(folder, absent, leave_out=self.config.out) if folder and folder.is_dir() else None
+        folders = [each for each in (folder, *self.config.images) if each is not None]
+        if not folders or not all(each.is_dir() for each in folders):
+            return None
+        return "\n".join(fingerprint(each, absent, leave_out=self.config.out) for each in folders)
 
 
 def _check_same(folder: Path, source: _Source, description: dict[str, Any]) -> None:
@@ -181,7 +184,7 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
     description |= {"folder": str(config.folder.resolve()) if config.folder else None}
     if config.files:
         digests = [hub.sha256(file) for file in _files(config, split)]
-        description |= {"files": digests, "holds_out": config.holds_out}
+        description |= {"file": digests[0] if len(digests) == 1 else digests, "holds_out": config.holds_out}
     if config.images:
         description["images"] = [str(folder.resolve()) for folder in config.images]
     return description
@@ -238,7 +241,7 @@ def _held_out(samples: Iterable[tuple[Record, bytes]], split: str, file: Path) -
 
 
 def _folder(config: CorpusConfig, split: str) -> Path | None:
-    """Where the data of a split are; files of your own bring their folder."""
+    """Where the data of a split are; files bring their folder."""
     return _files(config, split)[0].parent if config.files and config.folder is None else config.folder
 
 
