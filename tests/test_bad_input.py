@@ -17,10 +17,11 @@ from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.readers import json_lines
 from xvlm.data.readers.photographs import Photographs
 from xvlm.data.records import Record
-from xvlm.data.shards import INDEX, BrokenSample, Shards, write_shards
+from xvlm.data.shards import INDEX, BrokenSample, Shards
 from xvlm.data.stream_config import StreamConfig
 from xvlm.data.streams import loader
 from xvlm.data.words import WordMasking
+from xvlm.data.writing import write_shards
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from xvlm.bench import measure, retrieval
 from xvlm.bench import step as bench
 from xvlm.bench.naive import fuse_padded, naive_losses, read_padded
 from xvlm.data.processor import Processor, ProcessorConfig
-from xvlm.data.shards import Shards, write_shards
+from xvlm.data.shards import Shards
 from xvlm.data.stream_config import StreamConfig
 from xvlm.data.streams import loader
+from xvlm.data.writing import write_shards
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 from xvlm.types import Texts, Words
 

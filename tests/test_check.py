@@ -16,7 +16,8 @@ from xvlm.data import check
 from xvlm.data.problems import KINDS, Item, Problem, decoded_again, problems_of, put_right
 from xvlm.data.readers import coco_json, csv_table
 from xvlm.data.records import Record, unchecked
-from xvlm.data.shards import Index, Shard, Shards, write_shards
+from xvlm.data.shards import Index, Shard, Shards
+from xvlm.data.writing import write_shards
 
 WIDTH, HEIGHT = 120, 80
 BOX = [10.0, 10.0, 50.0, 60.0]

@@ -15,7 +15,8 @@ from xvlm import boxes, evaluate, metrics, probe
 from xvlm.data import proposals, scenes
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.reading import records
-from xvlm.data.shards import Shards, write_shards
+from xvlm.data.shards import Shards
+from xvlm.data.writing import write_shards
 from xvlm.presence import Presence, WithPresence
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 from xvlm.zeroshot.gradcam import GradCAM, GradCAMConfig

@@ -19,8 +19,9 @@ from xvlm.data import scenes
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.records import Question, Statement
-from xvlm.data.shards import BrokenSample, Shards, write_shards
+from xvlm.data.shards import BrokenSample, Shards
 from xvlm.data.stream_config import StreamConfig
+from xvlm.data.writing import write_shards
 from xvlm.models.decoder import Answerer, Captioner
 from xvlm.models.xvlm import XVLM
 from xvlm.presence import Presence

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from xvlm.data.leaks import ALIKE, NEAR, Guard, Hashes, Looks, look_at, names
 from xvlm.data.records import Record
-from xvlm.data.shards import write_shards
+from xvlm.data.writing import write_shards
 
 REAL = Path(__file__).parents[2] / "shared/data"
 

@@ -20,7 +20,8 @@ from xvlm.data import pack as packing
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.parallel import AHEAD, ordered_map
 from xvlm.data.records import RLE, Expression, Object, Phrase, Record, Region, Statement
-from xvlm.data.shards import JOURNAL, REMARKS, Shards, read_remarks, write_shards
+from xvlm.data.shards import REMARKS, Shards, read_remarks
+from xvlm.data.writing import JOURNAL, write_shards
 
 BLUE, WHITE = (0, 0, 255), (255, 255, 255)
 
@@ -248,7 +249,7 @@ def test_a_folder_is_packed_by_one_process_at_a_time(tmp_path):
 
 
 def test_large_images_make_shards_of_fewer_samples_that_are_on_disk_as_they_come(tmp_path, monkeypatch):
-    monkeypatch.setattr("xvlm.data.shards.BYTES_PER_SHARD", 250_000)
+    monkeypatch.setattr("xvlm.data.writing.BYTES_PER_SHARD", 250_000)
     on_disk = []
 
     def large():

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from xvlm import distributed, runlog, states, train
 from xvlm.data import scenes
 from xvlm.data.processor import Processor, ProcessorConfig
-from xvlm.data.shards import write_shards
 from xvlm.data.stream_config import StreamConfig
 from xvlm.data.streams import loader
 from xvlm.data.words import WordMasking
+from xvlm.data.writing import write_shards
 from xvlm.optim import OptimConfig
 from xvlm.tasks.pretraining import PretrainingConfig, Task
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xvlm.data.records import Object, Question, Record, Region
-from xvlm.data.shards import BrokenSample, Shards, epoch_order, write_shards
+from xvlm.data.shards import BrokenSample, Shards, epoch_order
+from xvlm.data.writing import write_shards
 
 
 def encoded(colour: int, kind: str = "JPEG") -> bytes:

@@ -19,7 +19,7 @@ import torch
 
 from xvlm import runlog, states
 from xvlm.data import scenes
-from xvlm.data.shards import write_shards
+from xvlm.data.writing import write_shards
 
 ROOT = Path(__file__).parents[1]
 STEPS = 16

@@ -7,7 +7,7 @@ from PIL import Image
 
 from xvlm.data import stats
 from xvlm.data.records import Expression, Object, Phrase, Record, Region
-from xvlm.data.shards import write_shards
+from xvlm.data.writing import write_shards
 
 FILE = io.BytesIO()
 Image.new("RGB", (100, 200)).save(FILE, "JPEG")

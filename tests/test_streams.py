@@ -22,10 +22,11 @@ from xvlm.data.mixture import Mixture
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.reading import records
 from xvlm.data.records import Object, Phrase, Record, Region
-from xvlm.data.shards import Index, Shards, write_shards
+from xvlm.data.shards import Index, Shards
 from xvlm.data.stream_config import StreamConfig
 from xvlm.data.streams import Stream, loader
 from xvlm.data.words import WordMasking
+from xvlm.data.writing import write_shards
 from xvlm.types import Batch
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

@@ -16,7 +16,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from xvlm.data import check, shards, tars
+from xvlm.data import check, shards, tars, writing
 from xvlm.data.cache import Cache
 from xvlm.data.records import Record
 from xvlm.data.shards import BrokenSample, Shards
@@ -101,7 +101,7 @@ def test_urls_read_like_packed_ones(folder, cache):
 
 
 def test_a_packed_folder_is_its_own(folder, cache, tmp_path):
-    shards.write_shards(EXPECTED, tmp_path / "packed", progress=False)
+    writing.write_shards(EXPECTED, tmp_path / "packed", progress=False)
     assert tars.locate(str(tmp_path / "packed"), cache) == tmp_path / "packed"
     with pytest.raises(FileNotFoundError, match=r"absent/\*\.tar: no such file"):
         tars.locate(f"{tmp_path}/absent/*.tar", cache)
@@ -119,7 +119,7 @@ def test_an_index_beside_its_tars_moves_with_them(folder, cache, tmp_path):
 
 def leading_to(folder: Path, file: str) -> Path:
     """A folder that somebody else packed, whose index leads to this."""
-    shards.write_shards(EXPECTED, folder, progress=False)
+    writing.write_shards(EXPECTED, folder, progress=False)
     index = json.loads((folder / "index.json").read_text())
     index["shards"][0]["file"] = file
     (folder / "index.json").write_text(json.dumps(index))

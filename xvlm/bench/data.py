@@ -33,11 +33,12 @@ from xvlm.data.mentions import mentions
 from xvlm.data.pixels import operated
 from xvlm.data.processor import Processor
 from xvlm.data.records import Record, Region
-from xvlm.data.shards import Shards, write_shards
+from xvlm.data.shards import Shards
 from xvlm.data.stream_config import Grain, StreamConfig
 from xvlm.data.streams import UnusableData, loader
 from xvlm.data.transforms import augment, choose_crop
 from xvlm.data.words import WordMasking, mask_words
+from xvlm.data.writing import write_shards
 from xvlm.types import Batch
 
 WAYS = ("plain", "exact", "fast")

@@ -23,7 +23,9 @@ from xvlm.data.parallel import ordered_map
 from xvlm.data.problems import KINDS, Item, Problem, boxes_of, others_of, problems_of, put_right, unreadable
 from xvlm.data.readers.entries import listing
 from xvlm.data.records import Record, unchecked
-from xvlm.data.shards import INDEX, Shard, captioned, read_index, sha256, write_shards
+from xvlm.data.shards import INDEX, Shard, captioned, read_index
+from xvlm.data.writing import write_shards
+from xvlm.hub import sha256
 
 CHANGES = "changes.jsonl"
 CORNER, ENOUGH = 0.5, 20  # the share of boxes ending in the lower right corner that is no chance, of so many at least

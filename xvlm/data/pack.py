@@ -18,7 +18,8 @@ from xvlm.data.leaks import Guard
 from xvlm.data.prepare import Preparation
 from xvlm.data.records import Record
 from xvlm.data.scenes import SceneConfig
-from xvlm.data.shards import INDEX, Shards, read_index, read_remarks, source_digest, write_shards
+from xvlm.data.shards import INDEX, Shards, read_index, read_remarks
+from xvlm.data.writing import source_digest, write_shards
 
 # Each but the scenes is a module of xvlm.data.readers, whose docstring shows the files it expects.
 Reader = Literal[

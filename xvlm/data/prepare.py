@@ -8,7 +8,8 @@ from PIL import Image
 from xvlm.data.images import decode_image, encode_like, orientation
 from xvlm.data.leaks import Guard
 from xvlm.data.records import RLE, Record
-from xvlm.data.shards import Prepared, Remark
+from xvlm.data.shards import Remark
+from xvlm.data.writing import Prepared
 
 
 @dataclass(frozen=True)

@@ -5,40 +5,25 @@ A packed folder holds ``000000.tar``, ``000001.tar``, ... with members ``<id>.jp
 :mod:`xvlm.data.tars` leads to tars elsewhere.
 """
 
-import fcntl
-import hashlib
-import json
 import logging
 import os
-import tarfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Literal
 
 import numpy as np
 from jaxtyping import Int
 from pydantic import AfterValidator, Field, ValidationError
-from tqdm import tqdm
 
-from xvlm import hub
 from xvlm.config import Configured
 from xvlm.data.cache import Cache, is_remote
 from xvlm.data.images import open_image
-from xvlm.data.parallel import ordered_map
 from xvlm.data.records import Record
-from xvlm.hub import sha256
-from xvlm.prose import counted
 
 INDEX = "index.json"
-JOURNAL = "packing.jsonl"  # of a folder that is not packed yet; locked by the process that packs it
 REMARKS = "remarks.jsonl"
 Extent = Annotated[int, Field(ge=0, lt=2**63)]  # bytes
-BYTES_PER_SHARD = 1 << 29  # a shard that has them is full
 OPEN_AT_ONCE = 16  # shards an instance keeps open: twice a window of `epoch_order`
 AGAIN_AFTER = 600.0  # seconds until a shard that cannot be read is tried again
 
@@ -106,283 +91,26 @@ class Remark(Configured):
     message: str
 
 
-class Prepared(NamedTuple):
-    """What becomes of a sample on its way into a shard; None: it is left out, and the remark says why."""
-
-    sample: tuple[Record, bytes] | None
-    remark: Remark | None = None
-
-
-def as_it_is(record: Record, image: bytes) -> Prepared:
-    return Prepared((record, image))
-
-
-class _Finished(Configured):
-    """A line of the journal: a shard that stands, and what went into it.
-
-    ``read``: how many samples, those left out included; ``source``: a digest of all of them.
-    """
-
-    shard: Shard
-    read: int
-    source: str
-    counts: dict[str, int]
-    remarks: list[Remark]
-
-
-def write_shards(
-    samples: Iterable[tuple[Record, bytes]],
-    folder: Path,
-    *,
-    prepare: Callable[[Record, bytes], Prepared] = as_it_is,
-    absent: Sequence[str] = (),
-    workers: int = 0,
-    samples_per_shard: int = 1000,
-    description: dict | None = None,
-    progress: bool,
-) -> Index:
-    """Pack records and their encoded images (JPEG, PNG or WebP). The same samples give the same bytes.
-
-    Samples go to the disk one by one. Shards appear under their names once they are complete and read back as they were
-    meant; one is full with ``samples_per_shard``, or with half a gigabyte. A journal beside them says what went into
-    each; packing that was cut short goes on after the last shard whose samples, on reading them again, are the same
-    ones, with the same description. The journal goes when the index comes. Remarks are in ``remarks.jsonl``. Statements
-    go with the other image that they are about, where that was left out before them.
-
-    Args:
-        samples: may be read from the beginning more than once; an iterator, which cannot, is packed anew each time.
-        prepare: what each sample goes through first, in ``workers`` processes (0: in this one); it must give equal
-            results for equal samples, and differ only where the description does.
-        absent: names of images that samples should have had, complete once all samples were read; they become remarks.
-
-    Raises:
-        FileExistsError: the folder is packed already, or another process is at it.
-        ValueError: an id occurs twice or has a dot, bytes that are no image, or no samples; names the record.
-        OSError: a shard does not read back as it was written.
-    """
-    header = {"description": description or {}, "samples": samples_per_shard, "bytes": BYTES_PER_SHARD}
-    with _claimed(folder) as journal:
-        finished, stream, whole = _continue(folder, journal, json.dumps(header).encode() + b"\n", samples)
-        stream = tqdm(stream, desc=f"packing {folder}", unit="record", disable=not progress)
-        seen = {row[0] for part in finished for row in part.shard.samples}
-        digests: list[bytes] = []
-        remarks: list[Remark] = []
-        gone = {remark.record for part in finished for remark in part.remarks if not remark.packed}
-
-        def kept() -> Iterator[tuple[Record, bytes]]:
-            for digest, (sample, remark) in ordered_map(partial(_prepared, prepare), stream, workers):
-                digests.append(digest)
-                if remark is not None:
-                    remarks.append(remark)
-                if sample is None:
-                    gone.add(remark.record)
-                    continue
-                record, image = sample
-                if record.id in seen:
-                    raise ValueError(f"record {record.id!r}: this id occurs twice; ids must be unique within {folder}")
-                seen.add(record.id)
-                told = [statement for statement in record.statements if statement.other not in gone]
-                if lost := len(record.statements) - len(told):
-                    message = f"without {counted(lost, 'statement')} about images that were left out"
-                    remarks.append(Remark(record=record.id, why="statements", packed=True, message=message))
-                    record = record.model_copy(update={"statements": told})
-                yield record, image
-
-        for first in (following := kept()):
-            path = folder / f"{len(finished):06d}.tar"
-            shard, counts = _write_shard(chain([first], following), path, samples_per_shard)
-            read, source = len(digests), _together(digests)
-            finished.append(_Finished(shard=shard, read=read, source=source, counts=counts, remarks=[*remarks]))
-            journal.write(finished[-1].model_dump_json().encode() + b"\n")
-            journal.flush()
-            whole.update(b"".join(digests))
-            digests.clear()
-            remarks.clear()
-        whole.update(b"".join(digests))
-        remarks += [Remark(record=name, why="absent", packed=False, message="listed, but not there") for name in absent]
-        return _conclude(folder, finished, remarks, description or {}, whole.hexdigest())
-
-
-def source_digest(samples: Iterable[tuple[Record, bytes]]) -> str:
-    """Of all records and images that a source gives, as the index of what was packed from it has it."""
-    whole = hashlib.sha256()
-    for sample in samples:
-        whole.update(_digest(*sample))
-    return whole.hexdigest()
-
-
 def read_index(folder: Path) -> Index:
     """What a packed folder holds.
 
     Raises:
         FileNotFoundError, ValueError: it is not packed, or its index cannot be read.
     """
-    return _read_index(folder / INDEX)
+    path = folder / INDEX
+    try:
+        return Index.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file, so {folder} is not a packed folder of shards") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def read_remarks(folder: Path) -> list[Remark]:
     """What packing a folder left out or doubted."""
     file = folder / REMARKS
     return [Remark.model_validate_json(line) for line in file.read_bytes().splitlines()] if file.exists() else []
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[BinaryIO]:
-    """The journal of a folder that is not packed yet, for this process alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / JOURNAL).open("a+b") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except BlockingIOError:
-            raise FileExistsError(f"{folder}: another process is packing into this folder") from None
-        if (folder / INDEX).exists():
-            (folder / JOURNAL).unlink()
-            raise FileExistsError(f"{folder / INDEX}: this folder is packed already")
-        for leftover in folder.glob(".*.unfinished"):
-            leftover.unlink()
-        yield journal
-
-
-def _continue(
-    folder: Path, journal: BinaryIO, header: bytes, samples: Iterable[tuple[Record, bytes]]
-) -> tuple[list[_Finished], Iterator[tuple[Record, bytes]], "hashlib._Hash"]:
-    """The shards of an attempt that was cut short, as far as they are of this packing; the samples that follow; and the
-    hash of those before, for :func:`source_digest`."""
-    journal.seek(0)
-    first, *lines = journal.readlines() or [b""]
-    stream, whole = iter(samples), hashlib.sha256()
-    finished: list[_Finished] = []
-    for line in lines if first == header and stream is not samples else []:
-        try:
-            part = _Finished.model_validate_json(line if line.endswith(b"\n") else b"")
-        except ValidationError:  # cut short itself
-            break
-        tar = folder / part.shard.file
-        if not tar.exists() or sha256(tar) != part.shard.sha256:
-            break
-        digests = [_digest(*sample) for sample in islice(stream, part.read)]
-        if _together(digests) != part.source:
-            stream = islice(iter(samples), sum(before.read for before in finished), None)
-            break
-        whole.update(b"".join(digests))
-        finished.append(part)
-    journal.truncate(0)
-    journal.write(b"".join([header, *lines[: len(finished)]]))
-    journal.flush()
-    return finished, stream, whole
-
-
-def _conclude(folder: Path, finished: list[_Finished], remarks: list[Remark], description: dict, source: str) -> Index:
-    """A folder of which all shards stand becomes a packed one.
-
-    Args:
-        remarks: those about samples behind the last shard.
-    """
-    remarks = [remark for part in finished for remark in part.remarks] + remarks
-    if not finished:
-        left_out = f"; {len(remarks)} were left out, the first because {remarks[0].message}" if remarks else ""
-        raise ValueError(f"{folder}: there are no samples to pack{left_out}")
-    if remarks:
-        hub.write_atomically(folder / REMARKS, "".join(remark.model_dump_json() + "\n" for remark in remarks))
-    written = {part.shard.file for part in finished}
-    for leftover in folder.glob("[0-9]*.tar"):
-        if leftover.name not in written:
-            leftover.unlink()
-    counts = _total(part.counts for part in finished)
-    index = Index(description=description, source=source, counts=counts, shards=[part.shard for part in finished])
-    hub.write_atomically(folder / INDEX, index.model_dump_json())
-    (folder / JOURNAL).unlink()
-    return index
-
-
-def _prepared(prepare: Callable[[Record, bytes], Prepared], sample: tuple[Record, bytes]) -> tuple[bytes, Prepared]:
-    return _digest(*sample), prepare(*sample)
-
-
-def _digest(record: Record, image: bytes) -> bytes:
-    return hashlib.sha256(hashlib.sha256(image).digest() + _document(record)).digest()
-
-
-def _together(digests: Sequence[bytes]) -> str:
-    return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-class _Written(NamedTuple):
-    """What is kept of a sample in a shard that is written: its image may be large."""
-
-    record: Record
-    suffix: str
-    image: bytes  # SHA-256
-
-
-def _write_shard(
-    samples: Iterable[tuple[Record, bytes]], path: Path, samples_per_shard: int
-) -> tuple[Shard, dict[str, int]]:
-    """A shard of as many samples as go in, and what to count in it."""
-    from webdataset.writer import TarWriter
-
-    written, size = [], 0
-    with hub.replacing(path) as unfinished:
-        with unfinished.open("wb") as file:
-            # pax, because ustar has no room for names above 100 bytes
-            style = {"mtime": 0, "user": "xvlm", "group": "xvlm", "mode": 0o644, "format": "PAX_FORMAT"}
-            with TarWriter(file, encoder=False, **style) as writer:
-                for record, image in samples:
-                    suffix = _image_suffix(record, image)
-                    size += writer.write({"__key__": _key(record), suffix: image, "json": _document(record)})
-                    written.append(_Written(record, suffix, hashlib.sha256(image).digest()))
-                    if len(written) == samples_per_shard or size >= BYTES_PER_SHARD:
-                        break
-        return _read_back(written, unfinished, path), _total(_counts(each.record) for each in written)
-
-
-def _read_back(written: Sequence[_Written], unfinished: Path, path: Path) -> Shard:
-    """Where everything is in a tar file; that it is there, and whole."""
-    with tarfile.open(unfinished) as tar:
-        members = {member.name: (member.offset_data, member.size) for member in tar}
-    rows = []
-    with unfinished.open("rb") as file:
-        for record, suffix, digest in written:
-            extents = members.get(f"{record.id}.{suffix}"), members.get(f"{record.id}.json")
-            if None in extents:
-                raise OSError(f"{path}: record {record.id!r} was written but is not there")
-            image, document = (os.pread(file.fileno(), size, offset) for offset, size in extents)
-            if hashlib.sha256(image).digest() != digest or Record.model_validate_json(document) != record:
-                raise OSError(f"{path}: record {record.id!r} does not read back as it was written; is the disk sound?")
-            rows.append((record.id, *extents[0], *extents[1]))
-    return Shard(file=path.name, size=unfinished.stat().st_size, samples=rows, sha256=sha256(unfinished))
-
-
-def _document(record: Record) -> bytes:
-    return record.model_dump_json(exclude_defaults=True).encode()
-
-
-def _key(record: Record) -> str:
-    if "." in record.id:
-        raise ValueError(f"record {record.id!r}: an id in a shard has no dot, because the first dot ends it")
-    return record.id
-
-
-def _image_suffix(record: Record, image: bytes) -> str:
-    if image[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if image[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "webp"
-    raise ValueError(f"record {record.id!r}: expected a JPEG, PNG or WebP file, found bytes that begin {image[:8]!r}")
-
-
-def _counts(record: Record) -> dict[str, int]:
-    said = ("captions", "regions", "objects", "phrases", "expressions", "questions", "statements")
-    return {"records": 1} | {name: len(getattr(record, name)) for name in said}
-
-
-def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    return dict(total)
 
 
 class Shards:
@@ -401,7 +129,7 @@ class Shards:
 
     def __init__(self, folder: Path | str, cache: Cache = Cache()):  # noqa: B008 (it never changes)
         self.folder, self.cache = Path(folder), cache
-        index = _read_index(self.folder / INDEX)
+        index = read_index(self.folder)
         self.description, self.counts = index.description, index.counts
         self.files = [shard.file if is_remote(shard.file) else str(self.folder / shard.file) for shard in index.shards]
         if missing := [file for file in self.files if not is_remote(file) and not Path(file).is_file()]:
@@ -530,16 +258,6 @@ def captioned(name: str, place: str, image: bytes, text: bytes) -> Record:
         raise ValueError("the caption is empty")
     source = Path(place).parent.name or "tars"
     return Record(id=name, source=source, width=width, height=height, captions=[caption])
-
-
-def _read_index(path: Path) -> Index:
-    try:
-        return Index.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file, so {path.parent} is not a packed folder of shards") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def epoch_order(
