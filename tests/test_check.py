@@ -161,6 +161,11 @@ def test_masks_and_spans():
         ("3f2504e0-4f89-11d3-9a0c-0305e82c3301", "text-is-id"),
         ("category_12", "text-is-id"),
         ("None", "text-is-id"),
+        ("Q12345", "text-is-id"),
+        ("n02084071 dog", "text-is-id"),
+        ("/m/0bt9lr dog", "text-is-id"),
+        ("a" * 801, "text-long"),
+        ("狗" * 41, "text-long"),
     ],
 )
 def test_texts_that_are_wrong(text, kind):
@@ -172,7 +177,19 @@ def test_texts_that_are_wrong(text, kind):
 
 @pytest.mark.parametrize(
     "text",
-    ["naïve café", "İstanbul’da", "一只狗", "the 2nd of 12", "12", "R&B singer", "a 1980s car", "facade", "“so”", "öä"],
+    [
+        "naïve café",
+        "İstanbul’da",
+        "狗" * 40,
+        "the 2nd of 12",
+        "12",
+        "Q1",
+        "R&B singer",
+        "a 1980s car",
+        "facade",
+        "“so”",
+        "öä",
+    ],
 )
 def test_texts_that_are_right(text):
     assert found(document(captions=[text], phrases=[])) == []
@@ -192,6 +209,27 @@ def test_what_was_decoded_wrongly_is_decoded_again(text):
 def test_a_number_is_a_word_on_a_shirt_but_no_label():
     assert found(document(regions=[{"box_xyxy": BOX, "descriptions": ["12"]}])) == []
     assert found(document(objects=[{"box_xyxy": BOX, "label": "12"}])) == [("text-is-id", "objects.0.label")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kinds"),
+    [
+        ({"yes": 1.0, "2": 0.3, "none": 0.3, "12345": 1.0}, []),
+        ({"": 1.0, "yes": 0.3}, ["text-empty"]),
+        ({"cafÃ©": 1.0}, ["text-encoding"]),
+        ({"yes " * 41: 1.0}, ["text-long"]),
+        ({"x": -3.0}, ["answer-weight"]),
+        ({"x": 0.0}, ["answer-weight"]),
+        ({"x": float("nan")}, ["answer-weight"]),
+        ({"x": float("inf")}, ["answer-weight"]),
+        ({"x": "often"}, ["record"]),
+    ],
+)
+def test_answers(answers, kinds):
+    record = document(questions=[{"text": "what?", "answers": answers}])
+    assert found(record) == [(kind, f"questions.0.answers.{next(iter(answers))}") for kind in kinds]
+    if kinds != ["record"]:
+        assert fixed(record)[0].questions == Record.model_validate(record).questions
 
 
 def test_texts_are_put_right_with_what_hangs_on_them():
@@ -263,10 +301,20 @@ def test_16_bits_are_scaled_and_transparency_lies_on_white():
     assert Image.open(io.BytesIO(data)).getpixel((5, 5)) == (255, 255, 255)
 
 
-def turned(orientation: int) -> bytes:
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_an_image_whose_white_nobody_knows_is_left_out(tmp_path, dtype):
+    wide = encoded(Image.fromarray(np.full((HEIGHT, WIDTH), 200, dtype)), "TIFF")
+    samples = [(Record.model_validate(document(id="wide")), wide), made(0)]
+    assert check.check(check.read(samples, "f"), fix=tmp_path / "fixed").problems == []
+    assert len(Shards(tmp_path / "fixed")) == 1
+    (change,) = changes(tmp_path / "fixed")
+    assert (change["record"], change["fix"]) == ("wide", "leave out")
+
+
+def turned(orientation: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(photograph(), exif=exif)
+    return encoded(photograph(size=size), exif=exif)
 
 
 def test_rotation_is_put_right_only_where_no_box_can_be_wrong():
@@ -282,6 +330,25 @@ def test_rotation_is_put_right_only_where_no_box_can_be_wrong():
         assert (right.width, right.height) == image.size == (HEIGHT, WIDTH)
         expected = Image.open(io.BytesIO(turned(6))).transpose(Image.Transpose.ROTATE_270)
         assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 5
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_boxes_of_turned_pictures_are_put_right_where_one_says_that_they_are(orientation):
+    image = turned(orientation)
+    width, height = (WIDTH, HEIGHT) if orientation == 3 else (HEIGHT, WIDTH)
+    record = document(objects=[{"box_xyxy": [0, 0, width, height], "label": "all"}])
+    item = Item("f", "r", record, image)
+    problems, _ = problems_of(item, 40, boxes_turned=True)
+    assert [(problem.kind, problem.fix) for problem in problems] == [("image-rotated", "turn")]
+    right, data = put_right(item, problems)
+    assert (right.width, right.height) == Image.open(io.BytesIO(data)).size == (width, height)
+    assert right.objects[0].box_xyxy == (0, 0, width, height)
+
+
+def test_the_size_of_a_square_says_nothing_about_its_boxes():
+    square = turned(6, (WIDTH, WIDTH))
+    problems, _ = problems_of(Item("f", "r", document(height=WIDTH), square), 40)
+    assert [(problem.kind, problem.fix) for problem in problems] == [("image-rotated", None)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,6 +461,10 @@ def made(i: int, **more) -> tuple[Record, bytes]:
         return Record.model_validate(document(id=f"r{i}", **more)), encoded(photograph(i))
 
 
+def changes(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / check.CHANGES).read_text().splitlines()]
+
+
 def test_damaged_shards_are_told_and_the_rest_is_checked(tmp_path):
     write_shards([made(i) for i in range(6)], tmp_path, samples_per_shard=2, progress=False)
     assert check.check(check.packed(tmp_path)).problems == []
@@ -454,7 +525,7 @@ def test_a_check_goes_on_behind_what_a_reader_cannot_read(tmp_path):
     (tmp_path / "train.csv").write_text("\n".join(["image,left,top,right,bottom,text", *rows, "b.jpg,1,2,3,4,a dog"]))
     report = check.check(check.read(csv_table.read(tmp_path, "train"), str(tmp_path)))
     assert report.records == 2  # of a.jpg no row can be read, but it is there
-    assert {problem.kind for problem in report.problems} == {"reader"}
+    assert [problem.kind for problem in report.problems] == ["reader"] * 2 + ["image-unreadable"] + ["reader"] * 2
     reasons = (
         "line 5: image is empty",
         "line 6: expected 6 cells",
@@ -466,6 +537,42 @@ def test_a_check_goes_on_behind_what_a_reader_cannot_read(tmp_path):
     assert not any("what follows" in problem.message for problem in report.problems)
     with pytest.raises(ValueError, match="line 5: image is empty"):
         list(csv_table.read(tmp_path, "train"))
+
+
+def test_images_of_a_source_that_cannot_be_opened_are_left_out_when_it_is_fixed(tmp_path):
+    images = {
+        "empty.jpg": b"",
+        "page.jpg": b"<html>not found</html>",
+        "nothing.png": png(0, 80, 8, b""),
+        "bomb.png": png(20000, 20000, 8, b""),
+        "sound.jpg": PHOTOGRAPH,
+    }
+    for name, image in images.items():
+        (tmp_path / name).write_bytes(image)
+    (tmp_path / "train.csv").write_text("\n".join(["image,caption", *(f"{name},a girl" for name in images)]))
+    source = [csv_table.read(tmp_path, "train") for _ in range(2)]
+    report = check.check(check.read(source[0], str(tmp_path)))
+    kinds = ["image-empty", "image-unreadable", "image-empty", "image-unreadable"]
+    assert [problem.kind for problem in report.problems] == kinds
+    assert "bomb.png: image cannot be decoded: it has more than 100,000,000 pixels (" in report.problems[3].message
+    report = check.check(check.read(source[1], str(tmp_path)), fix=tmp_path / "fixed")
+    assert report.problems == []
+    assert [change["fix"] for change in changes(tmp_path / "fixed")] == ["leave out"] * 4
+    assert "page.jpg" in changes(tmp_path / "fixed")[1]["because"][0]
+    assert Shards(tmp_path / "fixed").read(0)[0].id == "sound"
+
+
+def test_a_photograph_that_its_file_describes_as_turned_is_turned(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(turned(6))
+    image = {"id": 1, "file_name": "a.jpg", "width": HEIGHT, "height": WIDTH}
+    annotation = {"image_id": 1, "bbox": [10, 90, 60, 30], "caption": "her feet"}
+    (tmp_path / "train.json").write_text(json.dumps({"images": [image], "annotations": [annotation]}))
+    with pytest.raises(ValueError, match="the image is 120x80, its boxes are in pixels of 80x120"):
+        list(coco_json.read(tmp_path, "train"))
+    samples = coco_json.read(tmp_path, "train")
+    assert check.check(check.read(samples, str(tmp_path)), fix=tmp_path / "fixed").problems == []
+    record, _ = Shards(tmp_path / "fixed").read(0)
+    assert ((record.width, record.height), record.regions[0].box_xyxy) == ((HEIGHT, WIDTH), (10, 90, 70, 120))
 
 
 def test_a_file_that_cannot_be_read_at_all_ends_the_source(tmp_path):
@@ -509,7 +616,7 @@ def test_fixing_writes_a_new_folder_and_says_what_it_changed(tmp_path):
     records = [fixed.read(i)[0] for i in range(len(fixed))]
     assert [record.id for record in records] == ["r0", "r1", "r4"]
     assert [(thing.label, thing.box_xyxy) for thing in records[1].objects] == [("Café", (10, 10, 120, 60))]
-    lines = [json.loads(line) for line in (tmp_path / "fixed" / check.CHANGES).read_text().splitlines()]
+    lines = changes(tmp_path / "fixed")
     assert [(line["record"], line["fix"]) for line in lines] == [
         ("r1", "put"),
         ("r1", "put"),
@@ -530,6 +637,38 @@ def test_fixing_writes_a_new_folder_and_says_what_it_changed(tmp_path):
     assert told(again) == [("r4", "text-is-id")]
     with pytest.raises(FileExistsError):
         check.check(check.read(samples, "f"), fix=tmp_path / "fixed")
+
+
+def test_statements_about_an_image_that_is_not_here_are_dropped(tmp_path):
+    def about(i: int, *others: str) -> tuple[Record, bytes]:
+        statements = [{"text": "both are red", "other": other, "label": True} for other in others]
+        return made(i, statements=statements)
+
+    unreadable = made(3)[0], b"GIF89a"
+    samples = [
+        about(0, "r1", "gone", "r2"),
+        about(1, "r0"),
+        about(2, "gone"),
+        unreadable,
+        about(4, "r3"),
+        about(5, "r4"),
+    ]
+    report = check.check(check.read(samples, "f"))
+    found = [(problem.record, problem.kind, problem.place[1:]) for problem in report.problems]
+    lost = [("r0", "other-missing", (1,)), ("r2", "other-missing", (0,))]
+    assert found == [("r3", "image-unreadable", ()), *lost]
+    report = check.check(check.read(samples, "f"), fix=tmp_path / "fixed")
+    assert report.problems == []
+    fixed = Shards(tmp_path / "fixed")
+    records = {record.id: record for record in (fixed.read(i)[0] for i in range(len(fixed)))}
+    assert {name: [statement.other for statement in record.statements] for name, record in records.items()} == {
+        **{"r0": ["r1", "r2"], "r1": ["r0"], "r2": []},
+        **{"r4": [], "r5": ["r4"]},
+    }
+    dropped = [(change["record"], change["place"]) for change in changes(tmp_path / "fixed") if change["fix"] == "drop"]
+    assert sorted(dropped) == [("r0", "statements.1"), ("r2", "statements.0"), ("r4", "statements.0")]
+    assert check.check(check.packed(tmp_path / "fixed"), ignore=["other-missing"]).problems == []
+    assert check.check(check.read(samples[:3], "f"), ignore=["other-missing"]).problems == []
 
 
 def test_every_kind_is_explained_and_every_problem_reads_well():

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from xvlm import hub
+from xvlm import hub, viz
 from xvlm.__main__ import app, main
 from xvlm.data import scenes
 from xvlm.data.processor import Processor, ProcessorConfig
@@ -142,11 +142,50 @@ def test_what_is_packed_is_checked_and_counted(tmp_path, monkeypatch):
     printed = lines_of(*again, "--limit", 7, "--leaks", "report")
     remarks = tmp_path / "again/test/remarks.jsonl"
     assert printed[-2:] == [f"leak: 6 packed all the same, listed in {remarks}", f"{tmp_path}/again/test: 7 records"]
-    (folder / "000000.tar").unlink()
+    tar = folder / "000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'{"id":', b'{"if":', 1))
+    printed = CliRunner().invoke(app, ["data", "stats", str(folder)]).stdout.splitlines()
+    assert printed[0].startswith("scenes: 5 records; ")
+    assert printed[-1] == "1 record that cannot be read: not counted"
+    tar.unlink()
     ran = CliRunner().invoke(app, ["data", "check", str(folder), "--workers", "0"])
     assert ran.exit_code == 1
     assert "000000.tar: no such file" in ran.stdout
-    assert lines_of("data", "check", folder, "--workers", 0, "--ignore", "shard")[-1].endswith("0 problems")
+    ran = ("data", "check", folder, "--workers", 0, "--ignore", "shard")
+    assert "nothing to check" in error_of(monkeypatch, *ran)
+
+
+def test_what_is_shown_can_be_chosen(tmp_path, monkeypatch):
+    folder, sheet = tmp_path / "shards/test", tmp_path / "sheet.png"
+    lines_of("data", "pack", "scenes", tmp_path / "shards", "--split", "test", "--limit", 6, "--workers", 0)
+    tar = folder / "000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b'{"id":', b'{"if":', 1))
+    shards = Shards(folder)
+    record = shards.read(3)[0]
+    sheets: list[list[str]] = []
+    monkeypatch.setattr(viz, "contact_sheet", lambda images, captions: sheets.append(captions) or images[0])
+    show = ["data", "show", str(folder), "--out", str(sheet)]
+
+    def shown(*more) -> list[str]:
+        lines_of(*show, *more)
+        return sheets.pop()
+
+    ran = CliRunner().invoke(app, [*show, "--count", "3", "--kind", "captions"])
+    assert ran.stderr.startswith("left out: ")
+    assert len(sheets.pop()) == 3  # those behind the broken one
+    (legend,) = shown("--record", record.id, "--kind", "objects", "--most", 1)
+    assert legend.endswith(f"objects:\n1 {record.objects[0].label}\nand {len(record.objects) - 1} more")
+    label = record.objects[-1].label
+    (legend,) = shown("--record", record.id, "--kind", "objects", "--text", label.upper())
+    assert legend.count("\n") == 1 + sum(thing.label == label for thing in record.objects)
+    for wrong, message in {
+        ("--kind", "foo"): "--kind foo: no such kind of text; there are captions, ",
+        ("--record", "foo"): "--record foo: there is no such record",
+        ("--text", "no such words"): "no record that can be shown",
+    }.items():
+        assert message in error_of(monkeypatch, *show, *wrong)
+    for none in (0, -1):
+        assert CliRunner().invoke(app, [*show, "--count", str(none)]).exit_code == 2
     assert "no such kind" in error_of(monkeypatch, "data", "check", folder, "--ignore", "shards")
 
 

@@ -18,6 +18,8 @@ def folder(tmp_path) -> Path:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/b.txt").write_text("behind a link")
     (tmp_path / "elsewhere/back").symlink_to(source)
+    (tmp_path / "elsewhere/nowhere").symlink_to(tmp_path / "absent")
+    (tmp_path / "elsewhere/itself").symlink_to(tmp_path / "elsewhere/itself")
     return source
 
 

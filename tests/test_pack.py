@@ -67,6 +67,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_photographs_that_exif_turns_although_they_have_boxes_are_told(tmp_path, source):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.new("RGB", (120, 80)).save(file, "JPEG", exif=exif)
+    source[:] = [sample(0), (sample(1)[0], file.getvalue()), (sample(2, objects=[])[0], file.getvalue())]
+    assert len(pack(config(tmp_path))["train"]) == 3
+    told = read_remarks(tmp_path / "train")
+    assert [(remark.record, remark.why, remark.packed) for remark in told] == [("r1", "rotated", True)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Workers and interruptions
 
@@ -177,6 +188,8 @@ def test_interrupted_packing_goes_on_after_the_last_whole_shard(source, small_sh
     interrupt(source, 8, config(tmp_path / "cut", **options))
     folder = tmp_path / "cut/train"
     assert sorted(file.name for file in folder.iterdir()) == ["000000.tar", "000001.tar", JOURNAL]
+    for name in (".000002.tar.0123abcd.unfinished", ".index.json.0123abcd.unfinished"):  # as after a SIGKILL
+        (folder / name).write_bytes(b"half")
     before = (folder / "000000.tar").stat().st_mtime_ns
     seen = prepared_records(monkeypatch)
     pack(config(tmp_path / "cut", **options))

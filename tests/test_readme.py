@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from xvlm.__main__ import app
 from xvlm.data import scenes
@@ -123,6 +124,20 @@ def test_commands_exist(page):
 @each_page
 def test_paths_exist(page):
     assert not absent_paths(page.read_text(encoding="utf-8"), page.parent)
+
+
+def test_the_readme_shows_what_its_command_prints(tmp_path, monkeypatch):
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"```sh\n(xvlm ground .*)\n```\n+```text\n(.*?)```", page, flags=re.DOTALL).groups()
+    monkeypatch.chdir(tmp_path)
+    _, jpeg = next(scenes.samples(scenes.SceneConfig(size=128), "test", 1))  # as docs/data.md makes it
+    Path("scene.png").write_bytes(jpeg)
+    printed = CliRunner().invoke(app, shlex.split(command)[1:]).stdout
+    number = r"\d+(?:\.\d+)?"
+    assert re.sub(number, "#", printed) == re.sub(number, "#", shown)
+    assert "  there (" in shown and "  not there (" in shown
+    for ours, theirs in zip(re.findall(number, printed), re.findall(number, shown), strict=True):
+        assert float(ours) == pytest.approx(float(theirs), abs=0.02 if "." in theirs else 1)  # another machine rounds
 
 
 SAMPLE = """

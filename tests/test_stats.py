@@ -44,23 +44,33 @@ def test_counts_are_per_source_and_kind(folder):
     counted = stats.count(folder)
     assert counted.counts["two"] == {"records": 1, "captions": 1}
     assert counted.counts["one"] == {
-        **{"records": 1, "captions": 2, "regions": 2, "objects": 2, "phrases": 2, "expressions": 1},
+        **{"records": 1, "captions": 2, "regions": 1, "descriptions": 2, "objects": 2, "phrases": 2, "expressions": 1},
         **{"boxes of regions": 1, "boxes of objects": 2, "boxes of phrases": 2},
     }
     assert counted.words["captions"] == [3, 2, 1]
     assert counted.boxes["objects"] == [(10, 0.005), (pytest.approx(20000**0.5), 1)]
-    assert counted.vocabulary["dog"] == 5
-    assert counted.vocabulary["a"] == 4
+    assert counted.vocabulary["captions"] == {"a": 2, "dog": 2, "runs": 1, "nothing": 1}
+    assert counted.vocabulary["descriptions"] == {"the": 1, "dog": 1, "it": 1}
 
 
 def test_counts_as_lines_and_distributions(folder):
     counted = stats.count(folder)
     lines = counted.lines()
-    assert lines[0].startswith("one: 1 records; 2 captions, 2 regions, 1 boxes of regions")
-    assert "words in captions: 2 (1 to 3 in 90 of 100), at most 3" in lines
+    assert lines[0].startswith("one: 1 records; 2 captions, 1 regions, 2 descriptions, 1 boxes of regions")
+    words = "words in captions: 2 (1 to 3 in 90 of 100), at most 3; 4 different, most often a 2, dog 2, "
+    assert any(line.startswith(words) for line in lines)
     assert "boxes of objects: 50% small, 0% medium, 50% large; 50.2% of the image (median)" in lines
-    assert lines[-1].startswith("9 different words, most often dog 5, a 4")
+    assert not any("cannot be read" in line for line in lines)
     distributions = counted.distributions()
     assert distributions["words in captions"] == [3, 2, 1]
     assert distributions["boxes of phrases: side / image's"] == [0.005**0.5] * 2
     assert "boxes of expressions: side / image's" not in distributions
+
+
+def test_counting_goes_on_behind_what_cannot_be_read(folder, caplog):
+    tar = folder / "000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"A dog runs", b'A dog"runs'))
+    counted = stats.count(folder)
+    assert (list(counted.counts), counted.broken) == (["two"], 1)
+    assert counted.lines()[-1] == "1 record that cannot be read: not counted"
+    assert "000000.tar/1" in caplog.text

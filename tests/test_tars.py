@@ -142,8 +142,12 @@ def test_commands_that_were_given_here_are_run_for_an_index_anywhere(folder, cac
     shutil.rmtree(cache.root / "files")
     found = Shards(tmp_path / "index", cache)
     assert [found.read(i) for i in range(6)] == EXPECTED
+    other = Cache(folder=tmp_path / "another")
     with pytest.raises(PermissionError):
-        Shards(tmp_path / "index", Cache(folder=tmp_path / "another"))
+        Shards(tmp_path / "index", other)
+    tars.locate(places[0], other)
+    shutil.rmtree(other.root / "trusted")  # as of an index that an earlier version made
+    assert Shards(tars.locate(places[0], other), other).read(0) == EXPECTED[0]
 
 
 def test_files_that_an_index_leads_to_are_tars(tmp_path, cache):

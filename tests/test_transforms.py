@@ -312,12 +312,14 @@ def claim_size(png: bytes, width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "of no known format"),
-        (b"\xff\xd8\xff no jpeg", "of no known format"),
+        (b"", "no bytes"),
+        (b"\xff\xd8\xff no jpeg", "neither JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "neither JPEG"),  # which Ghostscript would run
+        (claim_size(noise(4, 4), 0, 4), "no pixels"),
         (noise(40, 40, "JPEG")[:700], "truncated"),
         (noise(40, 40)[:-300], "truncated"),
         (claim_size(noise(4, 4), 10001, 10000), "10001x10000"),
-        (claim_size(noise(4, 4), 40000, 40000), "pixels"),
+        (claim_size(noise(4, 4), 40000, 40000), "more than 100,000,000 pixels"),
     ],
 )
 def test_images_that_cannot_be_decoded_say_why(data, reason):

@@ -131,13 +131,13 @@ def _explain(config: type[BaseModel], error: Any) -> str:
     if error["type"] == "missing":
         return f"missing key {key!r}"
     if error["type"] in ("model_type", "model_attributes_type"):
-        example = next(iter(_model_at(config, error["loc"])[0].model_fields))
-        return f"{key}: expected keys with values, found {error['input']!r}; a single key is {key}.{example}=..."
+        example = ".".join(filter(None, [key, next(iter(_model_at(config, error["loc"])[0].model_fields))]))
+        message = f"expected keys with values, such as {example}, found {error['input']!r}"
+        return f"{key}: {message}" if key else message
     if error["type"] == "union_tag_invalid":
         tag, tags = error["ctx"]["tag"], error["ctx"]["expected_tags"]
-        return (
-            f"{key}.{error['ctx']['discriminator'][1:-1]}: expected one of {tags} (found {tag!r}){_nearest(tag, tags)}"
-        )
+        name = error["ctx"]["discriminator"].strip("'")
+        return f"{key}.{name}: expected one of {tags} (found {tag!r}){_nearest(tag, tags)}"
     message = error["msg"].removeprefix("Value error, ")
     found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
     if error["type"] == "literal_error":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from xvlm import boxes as geometry
 from xvlm import hub
 from xvlm.config import Configured, validate
-from xvlm.data.images import decode_image
+from xvlm.data.images import READABLE, decode_image
 from xvlm.data.processor import Processor
 from xvlm.data.records import Box
 from xvlm.models.vision import regions_in_pixels
@@ -112,7 +112,7 @@ def read_boxes(file: Path, images: Mapping[str, Path]) -> Boxes:
 
 def _check_inside(boxes: list[Box], image: Path, where: str) -> None:
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=READABLE) as opened:
             size = opened.size
     except Exception:  # an image that cannot be read is skipped later, with its reason
         return

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from xvlm.data.images import READABLE
 from xvlm.data.processor import Processor
 from xvlm.types import Grounded, Proposals, Texts
 
@@ -53,7 +54,7 @@ class Grounder:
             proposals: boxes to choose among, in pixels of this image, for a method that does.
         """
         if not isinstance(image, Image.Image):
-            image = Image.open(image)
+            image = Image.open(image, formats=READABLE)
         image = image.convert("RGB")
         self.size = image.size
         pixel_values = self.processor.pixel_values(image)[None].to(self.method.device)

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from xvlm.bench import measure
 from xvlm.data import randaugment
-from xvlm.data.images import decode_small, open_image, rgb
+from xvlm.data.images import READABLE, decode_small, open_image, rgb
 from xvlm.data.mentions import mentions
 from xvlm.data.pixels import operated
 from xvlm.data.processor import Processor
@@ -193,7 +193,7 @@ def read_plainly(
     record: Record, data: bytes, config: StreamConfig, processor: Processor, rng: Random
 ) -> Float[Tensor, "3 height width"]:
     """One image the plain way, augmented as a stream of this configuration does it."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = Image.open(io.BytesIO(data), formats=READABLE).convert("RGB")
     parts = mentions(record, config.kinds, config.attributes, rng) if config.grain == "region" else []
     box_xyxy = rng.choice(parts)[-1] if parts else None
     left, top, right, bottom = choose_crop(image.size, box_xyxy, config.augment, rng)

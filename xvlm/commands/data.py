@@ -66,6 +66,7 @@ def check(
     ignore: Annotated[list[str] | None, typer.Option(help="A kind of problem that is none here.")] = None,
     max_words: Annotated[int, typer.Option(min=1, help="Of a text.")] = 40,
     near_duplicates: Annotated[bool, typer.Option(help="List images that look like an earlier one, too.")] = False,
+    boxes_turned: Annotated[bool, typer.Option(help="Boxes are of photographs as their EXIF turns them.")] = False,
     fix: Annotated[Path | None, typer.Option(help="Pack to this folder, with what is safe to put right.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode. Default: one a core.")] = None,
 ) -> None:
@@ -89,11 +90,14 @@ def check(
         items,
         max_words=max_words,
         near_duplicates=near_duplicates,
+        boxes_turned=boxes_turned,
         ignore=set(ignore or []),
         workers=_cores() if workers is None else workers,
         fix=fix,
         progress=True,
     )
+    if not report.records and not report.problems:
+        raise ValueError(f"{folder}: there is nothing to check, not a single record")
     for line in [*map(str, report.problems), *report.summary()]:
         typer.echo(line)
     if fix is not None:
@@ -153,31 +157,46 @@ def index(
 def show(
     shards: Annotated[str, typer.Argument(help="Shards, or tars (path, URL, pipe:).")],
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("records.png"),
-    count: Annotated[int, typer.Option(help="How many records.")] = 12,
+    count: Annotated[int, typer.Option(min=1, help="How many records.")] = 12,
     kind: Annotated[list[str] | None, typer.Option(help="regions, objects, ... Default: all with boxes.")] = None,
+    record: Annotated[list[str] | None, typer.Option(help="Id of a record. Default: the first ones.")] = None,
+    text: Annotated[str | None, typer.Option(help="Only what has this in its text.")] = None,
+    most: Annotated[int, typer.Option(min=1, help="How many of a kind are drawn in one picture.")] = 8,
 ) -> None:
     """A contact sheet of records: for each kind of text, its boxes drawn and what is said of them."""
     from xvlm import viz
-    from xvlm.data.images import decode_image
-    from xvlm.data.shards import Shards
-    from xvlm.data.stats import said_in
+    from xvlm.data.images import Undecodable, decode_image
+    from xvlm.data.shards import BrokenSample, Shards
+    from xvlm.data.stats import SAID, chosen_in
 
+    if unknown := set(kind or []) - set(SAID):
+        raise ValueError(f"--kind {', '.join(sorted(unknown))}: no such kind of text; there are {', '.join(SAID)}")
     packed = Shards(_packed(shards))
-    pictures, captions = [], []
-    for i in range(min(count, len(packed))):
-        record, image = packed.read(i)
+    try:
+        numbers = [packed.find(name) for name in record] if record else range(len(packed))
+    except KeyError as error:
+        raise ValueError(f"--record {error.args[0]}: there is no such record in {shards}") from None
+    pictures, captions, shown = [], [], 0
+    for i in numbers:
         try:
+            sample, image = packed.read(i)
+            if not (chosen := chosen_in(sample, kind, text)):
+                continue
             picture = decode_image(image)
-        except ValueError as error:
-            raise ValueError(f"{shards}: record {record.id}: {error}") from None
-        first = record.captions[0] if record.captions else record.id
-        said = said_in(record)
-        chosen = kind or [name for name, each in said.items() if any(one.boxes_xyxy for one in each)]
-        for name in chosen or ["captions"]:
-            things = [("; ".join(one.texts), one.boxes_xyxy) for one in said.get(name, [])]
-            drawn, legend = viz.numbered(picture, things)
+        except (BrokenSample, Undecodable) as error:
+            broken = error if isinstance(error, BrokenSample) else packed.broken(i, str(error))
+            typer.echo(f"left out: {broken}", err=True)
+            continue
+        first = sample.captions[0] if sample.captions else sample.id
+        for name, said in chosen.items():
+            drawn, legend = viz.numbered(picture, [("; ".join(one.texts), one.boxes_xyxy) for one in said], most)
             pictures.append(drawn)
             captions.append(f"{first}\n{name}:\n{legend}")
+        shown += 1
+        if shown == count:
+            break
+    if not shown:
+        raise ValueError(f"{shards}: no record that can be shown has what is asked for")
     viz.contact_sheet(pictures, captions).save(out)
     typer.echo(str(out))
 

@@ -32,6 +32,7 @@ def ground(
     from PIL import Image
 
     from xvlm import viz
+    from xvlm.data.images import READABLE
     from xvlm.data.processor import Processor
     from xvlm.grounder import Grounder
     from xvlm.models.xvlm import XVLM
@@ -41,7 +42,7 @@ def ground(
 
     if layer is not None and method != "gradcam" and not words:
         raise ValueError("--layer is for --method gradcam and --words")
-    picture = Image.open(image).convert("RGB")
+    picture = Image.open(image, formats=READABLE).convert("RGB")
     folder = hub.locate(model)
     weights, processor = XVLM.from_pretrained(folder), Processor.from_pretrained(folder)
     check_together(processor, weights.config)

@@ -3,21 +3,24 @@
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
 from tqdm import tqdm
 
 from xvlm import hub
 from xvlm.data.cache import Cache, is_remote
+from xvlm.data.images import Undecodable
 from xvlm.data.leaks import Look, Looks, look_at
 from xvlm.data.parallel import ordered_map
-from xvlm.data.problems import KINDS, Item, Problem, boxes_of, problems_of, put_right
+from xvlm.data.problems import KINDS, Item, Problem, boxes_of, others_of, problems_of, put_right, unreadable
 from xvlm.data.readers.entries import listing
 from xvlm.data.records import Record, unchecked
 from xvlm.data.shards import INDEX, Shard, captioned, read_index, sha256, write_shards
@@ -102,15 +105,18 @@ def read(samples: Iterable[tuple[Record, bytes]], where: str) -> Iterator[Item |
     """
     samples, errors = iter(samples), []
     while True:
-        stopped, sample = "", None
+        stopped, sample = None, None
         try:
             with unchecked(), listing(errors):
                 sample = next(samples, None)
         except (ValueError, OSError) as error:
-            stopped = f"{error}; what follows was not looked at"
-        for message in filter(None, [*map(str, errors), stopped]):
-            yield Problem("reader", (), message, where=where)
+            stopped = Problem("reader", (), f"{error}; what follows was not looked at", where=where)
+        for error in errors:
+            known = isinstance(error, Undecodable)
+            yield unreadable(error, where=where) if known else Problem("reader", (), str(error), where=where)
         errors.clear()
+        if stopped is not None:
+            yield stopped
         if sample is None:
             return
         record, image = sample
@@ -122,6 +128,7 @@ def check(
     *,
     max_words: int = 40,
     near_duplicates: bool = False,
+    boxes_turned: bool = False,
     ignore: Collection[str] = (),
     workers: int = 0,
     fix: Path | None = None,
@@ -133,6 +140,7 @@ def check(
         items: of :func:`packed` or :func:`read`.
         max_words: of a text; the default is what a processor reads by default.
         near_duplicates: list images that look like an earlier one, too.
+        boxes_turned: boxes are of the pictures as their EXIF turns them, not of the stored pixels.
         ignore: kinds of problems that are neither reported nor put right.
         workers: processes that decode images; 0: this one.
         fix: a new folder, where the records are packed with what can safely be put right put right. Records that are
@@ -143,7 +151,8 @@ def check(
         ValueError: to fix, but no record can be packed.
     """
     report = Report()
-    look = partial(_look, max_words=max_words, ignore=ignore, hashed=near_duplicates, fix=fix is not None)
+    find = partial(problems_of, max_words=max_words, boxes_turned=boxes_turned)
+    look = partial(_look, find=find, ignore=ignore, hashed=near_duplicates, fix=fix is not None)
     bar = tqdm(items, desc="checking", unit="record", disable=not progress)
     seen = _gathered(ordered_map(look, bar, workers), report, fix is not None)
     if fix is None:
@@ -166,14 +175,21 @@ class _Seen(NamedTuple):
     look: Look | None
     boxes: int
     in_corner: int
+    others: list[tuple[int, str]]  # statements, and the records they are about as well
     sample: tuple[Record, bytes] | None
 
 
-def _look(item: Item | Problem, max_words: int, ignore: Collection[str], hashed: bool, fix: bool) -> _Seen | Problem:
+def _look(
+    item: Item | Problem,
+    find: Callable[[Item], tuple[list[Problem], Image.Image | None]],
+    ignore: Collection[str],
+    hashed: bool,
+    fix: bool,
+) -> _Seen | Problem:
     if isinstance(item, Problem):
         return item
     try:
-        found, picture = problems_of(item, max_words)
+        found, picture = find(item)
     except RecursionError:
         return Problem("record", (), "nested too deeply for a record", where=item.where, record=item.record)
     problems = [problem for problem in found if problem.kind not in ignore]
@@ -191,6 +207,7 @@ def _look(item: Item | Problem, max_words: int, ignore: Collection[str], hashed:
         look=look_at(picture) if hashed and picture is not None else None,
         boxes=len(boxes),
         in_corner=sum(list(box)[2:] == corner for box in boxes if isinstance(box, list)),
+        others=[] if "other-missing" in ignore else others_of(item.document),
         sample=sample,
     )
 
@@ -198,29 +215,62 @@ def _look(item: Item | Problem, max_words: int, ignore: Collection[str], hashed:
 def _gathered(seen: Iterable[_Seen | Problem], report: Report, fix: bool) -> Iterator[tuple[Record, bytes]]:
     """Fills the report, and yields what is to be packed."""
     first: dict[str, _Seen] = {}
+    here: set[str] = set()
+    waiting: dict[str, list[_Seen]] = defaultdict(list)  # for the record that a statement is about as well
     boxes = in_corner = 0
     for one in seen:
         if isinstance(one, Problem):
-            report.problems.append(one)
+            if fix and one.fix == "leave out":  # its reader has done so
+                report.changes += _changes(one.record, [one], False)
+            else:
+                report.problems.append(one)
             continue
         report.records += 1
         boxes, in_corner = boxes + one.boxes, in_corner + one.in_corner
-        problems, sample = one.problems, one.sample
         if one.record in first:
-            problems, sample = [*problems, _repeated(one, first[one.record])], None
+            one = one._replace(problems=[*one.problems, _repeated(one, first[one.record])], sample=None)
         else:
             first[one.record] = one._replace(sample=None, problems=[])
-        if fix:
-            report.changes += _changes(one.record, problems, sample is not None)
-            problems = [problem for problem in problems if problem.fix is None]
-        report.problems += problems
-        if sample is not None:
-            yield sample
+        if one.sample is not None or not fix:
+            here.add(one.record)
+        for each in [one, *waiting.pop(one.record, [])]:
+            if absent := next((other for _, other in each.others if other not in here), None):
+                waiting[absent].append(each)
+            else:
+                yield from _told(each, report, fix)
+    for each in chain.from_iterable(waiting.values()):
+        yield from _told(_without_others(each, here), report, fix)
     if boxes >= ENOUGH and in_corner > CORNER * boxes:
         message = f"{in_corner} of {boxes} boxes end in the lower right corner of their image, as if cut off there"
         where = str(Path(next(iter(first.values())).where).parent)
         report.problems.append(Problem("box-looks-xyxy", (), message, where=where))
     report.problems += _near_duplicates([one for one in first.values() if one.look is not None])
+
+
+def _told(one: _Seen, report: Report, fix: bool) -> Iterator[tuple[Record, bytes]]:
+    problems = one.problems
+    if fix:
+        report.changes += _changes(one.record, problems, one.sample is not None)
+        problems = [problem for problem in problems if problem.fix is None]
+    report.problems += problems
+    if one.sample is not None:
+        yield one.sample
+
+
+def _without_others(one: _Seen, here: Collection[str]) -> _Seen:
+    """With a problem for each statement about an image that is not here, and without the statement."""
+    message, more = "expected the id of a record that is here", {"where": one.where, "record": one.record}
+    problems = [
+        Problem("other-missing", ("statements", i), message, other, fix="drop", **more)
+        for i, other in one.others
+        if other not in here
+    ]
+    sample = one.sample
+    if sample is not None:
+        record, image = sample
+        kept = [statement for statement in record.statements if statement.other in here]
+        sample = record.model_copy(update={"statements": kept}), image
+    return one._replace(problems=[*one.problems, *problems], sample=sample)
 
 
 def _repeated(one: _Seen, earlier: _Seen) -> Problem:

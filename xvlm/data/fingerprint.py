@@ -30,12 +30,16 @@ def fingerprint(folder: Path, absent: Collection[str], leave_out: Path) -> str:
 
 
 def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """In order; behind links to folders too, each folder once."""
+    """In order; behind links too, each folder once. What nobody can read is left out, since no reader did."""
     seen.add(folder.resolve())
-    with os.scandir(folder) as entries:
-        inside = sorted(entries, key=lambda each: each.name)
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda each: each.name)
+    except PermissionError:
+        return
     for each in inside:
-        if not each.is_dir():
-            yield Path(each.path)
-        elif Path(each.path).resolve() not in seen:
-            yield from _files(Path(each.path), seen)
+        path = Path(each.path)
+        if each.is_file(follow_symlinks=False) or (each.is_symlink() and path.is_file()):
+            yield path
+        elif path.is_dir() and path.resolve() not in seen:
+            yield from _files(path, seen)

@@ -135,7 +135,7 @@ class _Source:
     def __iter__(self) -> Iterator[tuple[Record, bytes]]:
         self.absent.clear()
         samples = read(self.config, self.split, self.limit, self.absent)
-        return iter(tqdm(samples, desc=f"packing {self.split}", unit="record", total=self.limit))
+        return iter(tqdm(samples, desc=f"reading {self.split}", unit="record", total=self.limit))
 
     def fingerprint(self, absent: Collection[str] = ()) -> str | None:
         """Of the files as they are now; None: they are gone, or the description has a digest of all that matters."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from xvlm.data.images import decode_image, encode_like
+from xvlm.data.images import decode_image, encode_like, orientation
 from xvlm.data.leaks import Guard
 from xvlm.data.records import RLE, Record
 from xvlm.data.shards import Prepared, Remark
@@ -31,7 +31,7 @@ class Preparation:
 
     def __call__(self, record: Record, image: bytes) -> Prepared:
         try:
-            picture = decode_image(image)
+            picture = decode_image(image, strict=True)
         except ValueError as error:
             if self.allow_broken:
                 return Prepared(None, Remark(record=record.id, why="unreadable", packed=False, message=str(error)))
@@ -42,6 +42,9 @@ class Preparation:
                 f"the record says {record.width}x{record.height}"
             )
         remark = None
+        if orientation(picture) != 1 and any(record.boxes()):
+            message = "EXIF turns the picture; its boxes are taken to be of the stored pixels"
+            remark = Remark(record=record.id, why="rotated", packed=True, message=message)
         if self.guard is not None and (match := self.guard.match(record, picture)):
             remark = Remark(record=record.id, why="leak", packed=self.report_leaks, message=match)
             if not self.report_leaks:

@@ -6,17 +6,15 @@ A record is looked at as the plain document it is in a file, before any validati
 import html
 import math
 import re
-import struct
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from io import BytesIO
 from typing import Any, Literal
 
 from PIL import Image
 from pydantic import ValidationError
 
-from xvlm.data.images import JPEG, decode_image, encode_like, plain
+from xvlm.data.images import JPEG, PNG, Empty, Undecodable, decode_image, encode_like, open_image, orientation, plain
 from xvlm.data.records import Record, is_mask, unchecked
 
 KINDS = {
@@ -40,6 +38,8 @@ KINDS = {
     "box-looks-relative": "between 0 and 1, where pixels should be",
     "mask-size": "a mask of another size than the image, or run lengths that do not fill it",
     "span-outside": "a phrase that is not in its caption",
+    "other-missing": "a statement about another image that is not here",
+    "answer-weight": "the weight of an answer is not a number above 0",
     "text-empty": "no words",
     "text-long": "more words than a model reads",
     "text-encoding": "wrongly decoded characters, HTML entities, control characters",
@@ -51,14 +51,14 @@ MODES = ("RGB", "L")
 TEXTS = ("captions", "descriptions", "attributes", "label", "text")
 SLIGHTLY = 0.02  # of the image's side: a box that sticks out by no more is cut off, one by more is not believed
 
-ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = {2: "mirrored", 3: "by 180", 4: "flipped", 5: "transposed", 6: "by 90", 7: "transverse", 8: "by 270"}
 _ID = re.compile(
-    r"\d{5,}|n\d{8}|/[mg]/\w+|(?=\S*\d)[0-9a-f]{8,}(-[0-9a-f]{4,})*|\S+\.(jpe?g|png|webp|gif)"
+    r"\d{5,}|q\d{3,}|(n\d{8}|/[mg]/\w+)(\s.*)?|(?=\S*\d)[0-9a-f]{8,}(-[0-9a-f]{4,})*|\S+\.(jpe?g|png|webp|gif)"
     r"|(category|class|label|id|obj|object)[\s_:#-]*\d+|none|null|nan",
     re.IGNORECASE,
 )
 _ENTITY = re.compile(r"&(#\d+|#x[0-9a-f]+|[a-z]+\d*);", re.IGNORECASE)
+_WORD = re.compile(r"[\u2e80-\u9fff]|[^\s\u2e80-\u9fff]{1,20}")  # a CJK character, or a word; long ones are several
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 Place = tuple[str | int, ...]  # of a value in a document: ("objects", 3, "label")
@@ -102,17 +102,24 @@ class Problem:
         return f"{place}: {self.message}{found} [{self.kind}]"
 
 
-def problems_of(item: Item, max_words: int) -> tuple[list[Problem], Image.Image | None]:
-    """Everything that is wrong with a record, and its image where it can be decoded."""
-    found, picture = _image(item.image, item.document)
+def problems_of(item: Item, max_words: int, *, boxes_turned: bool = False) -> tuple[list[Problem], Image.Image | None]:
+    """Everything that is wrong with a record, and its image where it can be decoded.
+
+    Args:
+        boxes_turned: boxes are of the picture as its EXIF turns it, even where the record's size is that of the stored
+            pixels.
+    """
+    found, picture, size = _image(item.image, item.document, boxes_turned)
     for place, value in _values(item.document):
         name = next((part for part in reversed(place) if isinstance(part, str)), "")
         if _is_box(place, value):
-            found += _box(place, value, _size(item.document))
+            found += _box(place, value, size)
         elif name in TEXTS and isinstance(value, str):
             found += _text(place, value, max_words, item.document)
+        elif place[-2:-1] == ("answers",):
+            found += _answer(place, value, max_words)
         elif name == "mask" and isinstance(value, dict) and "size" in value:
-            found += _mask(place, value, _size(item.document))
+            found += _mask(place, value, size)
     found += _spans(item.document)
     found += _schema(item, {problem.place for problem in found})
     return [replace(problem, where=item.where, record=item.record) for problem in found], picture
@@ -121,6 +128,13 @@ def problems_of(item: Item, max_words: int) -> tuple[list[Problem], Image.Image 
 def boxes_of(document: dict[str, Any]) -> list[Any]:
     """All boxes of a document, whatever they are."""
     return [value for place, value in _values(document) if _is_box(place, value)]
+
+
+def others_of(document: dict[str, Any]) -> list[tuple[int, str]]:
+    """Of each statement about another image, its number and the id of that image."""
+    statements = document.get("statements")
+    said = enumerate(statements) if isinstance(statements, list) else ()
+    return [(i, one["other"]) for i, one in said if isinstance(one, dict) and isinstance(one.get("other"), str)]
 
 
 def _is_box(place: Place, value: Any) -> bool:
@@ -144,21 +158,24 @@ def _size(document: dict[str, Any]) -> tuple[int, int] | None:
 # Images
 
 
-def _image(data: bytes, document: dict[str, Any]) -> tuple[list[Problem], Image.Image | None]:
-    place = ("image",)
-    if not data:
-        return [Problem("image-empty", place, "the image has no bytes", fix="leave out")], None
+def _image(
+    data: bytes, document: dict[str, Any], boxes_turned: bool
+) -> tuple[list[Problem], Image.Image | None, tuple[int, int] | None]:
+    """What is wrong with it, the image, and the size in whose pixels boxes are."""
+    place, size = ("image",), _size(document)
     try:
-        picture = decode_image(data)
-    except ValueError as error:
-        kind = "image-empty" if _png_without_pixels(data) else "image-unreadable"
-        return [Problem(kind, place, str(error), fix="leave out")], None
+        picture = decode_image(data, strict=True)
+    except Undecodable as error:
+        return [unreadable(error)], None, size
     found = []
-    with Image.open(BytesIO(data)) as opened:
-        size, turned = _size(document), _orientation(opened)
+    with open_image(data) as opened:
+        turned = orientation(opened)
+        turned_size = picture.size[::-1] if turned >= 5 else picture.size
+        if boxes_turned and size == picture.size:
+            size = turned_size
         if turned != 1:
-            found.append(_rotated(document, picture.size, turned))
-        if size is not None and size != picture.size and not (turned >= 5 and size == picture.size[::-1]):
+            found.append(_rotated(document, turned, boxes_turned or size == turned_size != picture.size))
+        if size not in (None, picture.size, turned_size):
             message = f"the record says {size[0]}x{size[1]}, the image is {picture.width}x{picture.height}"
             found.append(Problem("image-size", place, message))
         if opened.format not in FORMATS:
@@ -166,29 +183,25 @@ def _image(data: bytes, document: dict[str, Any]) -> tuple[list[Problem], Image.
         if opened.format != "MPO" and getattr(opened, "is_animated", False):
             message = "expected one frame; the first is used"
             found.append(Problem("image-animated", place, message, opened.n_frames, "reencode"))
-        deep = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24] == 16
+        deep = data[:8] == PNG and data[24] == 16
         if opened.mode not in MODES or deep:
             mode = f"{opened.mode}, 16 bits" if deep else opened.mode
-            found.append(Problem("image-mode", place, "expected 8-bit RGB or grey", mode, "reencode"))
-    return found, picture
+            # of numbers as wide as these, nobody knows which is white
+            fix = "leave out" if opened.mode in ("I", "F") and not deep else "reencode"
+            found.append(Problem("image-mode", place, "expected 8-bit RGB or grey", mode, fix))
+    return found, picture, size
 
 
-def _png_without_pixels(data: bytes) -> bool:
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24 and 0 in struct.unpack(">II", data[16:24])
+def unreadable(error: Undecodable, **more: str) -> Problem:
+    """An image that cannot be decoded as a problem; ``more``: where, and of which record."""
+    kind = "image-empty" if isinstance(error, Empty) else "image-unreadable"
+    return Problem(kind, ("image",), str(error), fix="leave out", **more)
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        turned = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # EXIF is a format of its own, and as often broken as any
-        return 1
-    return turned if turned in _TURNED else 1
-
-
-def _rotated(document: dict[str, Any], size: tuple[int, int], turned: int) -> Problem:
+def _rotated(document: dict[str, Any], turned: int, boxes_turned: bool) -> Problem:
     how = f"EXIF turns the picture ({_TURNED[turned]})"
-    if turned >= 5 and _size(document) == size[::-1]:
-        message = f"{how}, and the record's size and boxes are of the turned picture, not of the stored pixels"
+    if boxes_turned:
+        message = f"{how}, and the record's size or boxes are of the turned picture, not of the stored pixels"
         return Problem("image-rotated", ("image",), message, turned, "turn")
     if boxes_of(document):
         message = f"{how}; boxes have to be of the stored pixels, look whether these are"
@@ -268,17 +281,30 @@ def _spans(document: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _text(place: Place, text: str, max_words: int, document: dict[str, Any]) -> Iterator[Problem]:
+    moves_spans = place[0] == "captions" and document.get("phrases")
+    for problem in _wording(place, text, max_words):
+        yield replace(problem, fix=None) if problem.kind == "text-encoding" and moves_spans else problem
+    if _ID.fullmatch(text.strip()) or (place[-1] == "label" and text.strip().isdecimal()):
+        yield Problem("text-is-id", place, "expected words", text)
+
+
+def _answer(place: Place, weight: Any, max_words: int) -> Iterator[Problem]:
+    """An answer is the name of its weight, so neither is put right alone; and "none" or a number may well be one."""
+    for problem in _wording(place, str(place[-1]), max_words):
+        yield replace(problem, fix=None)
+    if isinstance(weight, (int, float)) and not 0 < weight < math.inf:  # the schema tells of what is no number
+        yield Problem("answer-weight", place, "expected a number above 0", weight)
+
+
+def _wording(place: Place, text: str, max_words: int) -> Iterator[Problem]:
     if not any(character.isalnum() for character in text):
         yield Problem("text-empty", place, "expected words", text, "drop")
         return
     better = decoded_again(text)
     if better != text or "\ufffd" in text:
-        moves_spans = place[0] == "captions" and document.get("phrases")
-        sure = "\ufffd" not in better and not moves_spans
-        yield Problem("text-encoding", place, f"meant {better!r}?", text, "put" if sure else None, better)
-    if _ID.fullmatch(text.strip()) or (place[-1] == "label" and text.strip().isdecimal()):
-        yield Problem("text-is-id", place, "expected words", text)
-    if (words := len(text.split())) > max_words:
+        fix = "put" if "\ufffd" not in better else None
+        yield Problem("text-encoding", place, f"meant {better!r}?", text, fix, better)
+    if (words := len(_WORD.findall(text))) > max_words:
         yield Problem("text-long", place, f"{words} words, expected at most {max_words}", text)
 
 

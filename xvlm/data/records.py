@@ -181,16 +181,19 @@ class Record(Strict):
             raise ValueError(f"id {value!r} must be usable as a file name: no slash, no leading dot")
         return value
 
+    def boxes(self) -> Iterator[tuple[str, Box]]:
+        """Every box, with its place in the record."""
+        yield from ((f"regions.{i}", region.box_xyxy) for i, region in enumerate(self.regions))
+        yield from ((f"objects.{i}", thing.box_xyxy) for i, thing in enumerate(self.objects))
+        yield from ((f"expressions.{i}", one.box_xyxy) for i, one in enumerate(self.expressions) if one.box_xyxy)
+        yield from ((f"expressions.{i}", box) for i, one in enumerate(self.expressions) for box in one.boxes_xyxy)
+        yield from ((f"phrases.{i}", box) for i, phrase in enumerate(self.phrases) for box in phrase.boxes_xyxy)
+
     @model_validator(mode="after")
     def boxes_lie_in_the_image(self) -> "Record":
         if is_unchecked():
             return self
-        boxed: list[tuple[str, Box]] = [(f"regions.{i}", r.box_xyxy) for i, r in enumerate(self.regions)]
-        boxed += [(f"objects.{i}", o.box_xyxy) for i, o in enumerate(self.objects)]
-        boxed += [(f"expressions.{i}", e.box_xyxy) for i, e in enumerate(self.expressions) if e.box_xyxy]
-        boxed += [(f"expressions.{i}", box) for i, e in enumerate(self.expressions) for box in e.boxes_xyxy]
-        boxed += [(f"phrases.{i}", box) for i, p in enumerate(self.phrases) for box in p.boxes_xyxy]
-        for where, (left, top, right, bottom) in boxed:
+        for where, (left, top, right, bottom) in self.boxes():
             if not (0 <= left < right <= self.width and 0 <= top < bottom <= self.height):
                 raise ValueError(
                     f"{where}: box ({left:g}, {top:g}, {right:g}, {bottom:g}) is not a box inside the "

@@ -101,7 +101,7 @@ class Remark(Configured):
     """
 
     record: str
-    why: Literal["unreadable", "leak", "absent", "statements"]
+    why: Literal["unreadable", "leak", "absent", "statements", "rotated"]
     packed: bool
     message: str
 
@@ -146,15 +146,14 @@ def write_shards(
     Samples go to the disk one by one. Shards appear under their names once they are complete and read back as they were
     meant; one is full with ``samples_per_shard``, or with half a gigabyte. A journal beside them says what went into
     each; packing that was cut short goes on after the last shard whose samples, on reading them again, are the same
-    ones, with the same description. The journal goes when the index comes. Remarks are in ``remarks.jsonl``.
+    ones, with the same description. The journal goes when the index comes. Remarks are in ``remarks.jsonl``. Statements
+    go with the other image that they are about, where that was left out before them.
 
     Args:
         samples: may be read from the beginning more than once; an iterator, which cannot, is packed anew each time.
         prepare: what each sample goes through first, in ``workers`` processes (0: in this one); it must give equal
             results for equal samples, and differ only where the description does.
         absent: names of images that samples should have had, complete once all samples were read; they become remarks.
-
-    Statements about an image that was left out before their record comes are left out, too.
 
     Raises:
         FileExistsError: the folder is packed already, or another process is at it.
@@ -182,11 +181,11 @@ def write_shards(
                 if record.id in seen:
                     raise ValueError(f"record {record.id!r}: this id occurs twice; ids must be unique within {folder}")
                 seen.add(record.id)
-                left = [statement for statement in record.statements if statement.other not in gone]
-                if lost := len(record.statements) - len(left):
+                told = [statement for statement in record.statements if statement.other not in gone]
+                if lost := len(record.statements) - len(told):
                     message = f"without {counted(lost, 'statement')} about images that were left out"
                     remarks.append(Remark(record=record.id, why="statements", packed=True, message=message))
-                    record = record.model_copy(update={"statements": left})
+                    record = record.model_copy(update={"statements": told})
                 yield record, image
 
         for first in (following := kept()):
@@ -239,7 +238,7 @@ def _claimed(folder: Path) -> Iterator[BinaryIO]:
         if (folder / INDEX).exists():
             (folder / JOURNAL).unlink()
             raise FileExistsError(f"{folder / INDEX}: this folder is packed already")
-        for leftover in folder.glob(".[0-9]*.tar.*unfinished"):
+        for leftover in folder.glob(".*.unfinished"):
             leftover.unlink()
         yield journal
 
@@ -255,7 +254,7 @@ def _continue(
     finished: list[_Finished] = []
     for line in lines if first == header and stream is not samples else []:
         try:
-            part = _Finished.model_validate_json(line.removesuffix(b"\n") if line.endswith(b"\n") else b"")
+            part = _Finished.model_validate_json(line if line.endswith(b"\n") else b"")
         except ValidationError:  # cut short itself
             break
         tar = folder / part.shard.file

@@ -132,7 +132,7 @@ def _record(
                 captions.append(row.text)
             elif row.text:
                 if row.width is not None and row.height is not None:
-                    found.check_size(row.width, row.height)
+                    found = found.of_size(row.width, row.height)
                 box = found.nearly_inside(where_said, corners(row.bbox))
                 expressions.append(Expression(text=row.text, box_xyxy=box, id=str(row.ref_id)))
     return record(

@@ -138,7 +138,7 @@ def read(
                     continue
                 boxes = instances.get(photograph.id, [])
                 if boxes:
-                    found.check_size(photograph.width, photograph.height)
+                    found = found.of_size(photograph.width, photograph.height)
                 made = record(
                     f"{folder}: image {photograph.id}",
                     found,

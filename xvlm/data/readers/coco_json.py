@@ -123,7 +123,7 @@ def read(
                     continue
                 for _, picture, _, _ in listed:
                     if picture.width is not None and picture.height is not None:
-                        found.check_size(picture.width, picture.height)
+                        found = found.of_size(picture.width, picture.height)
                 outlines += sum(bool(annotation.segmentation) for one in listed for _, annotation in one.said)
                 yield (
                     _record(listed, found, masks, {"id": images.id_of(file_name), "source": source, "split": part}),

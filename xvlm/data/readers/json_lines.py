@@ -129,7 +129,7 @@ def read(
                 if found is None:
                     continue
                 if line.width is not None and line.height is not None:
-                    found.check_size(line.width, line.height)
+                    found = found.of_size(line.width, line.height)
                 boxed = {
                     kind: [thing.fields(f"{where}: {kind}.{i}", found) for i, thing in enumerate(getattr(line, kind))]
                     for kind in ("regions", "objects", "expressions")

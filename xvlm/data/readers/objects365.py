@@ -57,7 +57,7 @@ def read(
                 found = images.find(f"{path}: image {photograph.id} lists it", *dict.fromkeys(names_of_copies))
                 if found is None:
                     continue
-                found.check_size(photograph.width, photograph.height)
+                found = found.of_size(photograph.width, photograph.height)
                 made = record(
                     f"{path}: image {photograph.id}",
                     found,

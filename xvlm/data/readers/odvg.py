@@ -114,7 +114,7 @@ def _record(name: str, lines: list[Said], found: Found, of: dict[str, str]) -> R
     objects: list[Object] = []
     for where, line, labels in lines:
         with entry():
-            found.check_size(line.width, line.height)
+            found = found.of_size(line.width, line.height)
             if line.grounding is None and line.detection is None:
                 raise ValueError(f"{where}: neither grounding nor detection")
             if line.grounding is not None:

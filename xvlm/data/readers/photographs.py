@@ -57,13 +57,19 @@ class Found(NamedTuple):
     height: int
     boxes: Counter[str]
 
-    def check_size(self, width: int, height: int) -> None:
-        """Raises ValueError unless the image has the size in whose pixels its boxes are."""
+    def of_size(self, width: int, height: int) -> "Found":
+        """The photograph, of the size in whose pixels its boxes are. Raises ValueError unless that is the image's.
+
+        For a check, one of another size, perhaps because EXIF turns it, has the size that is stated.
+        """
         if (self.width, self.height) != (width, height):
+            if is_unchecked():
+                return self._replace(width=width, height=height)
             raise ValueError(
                 f"{self.path}: the image is {self.width}x{self.height}, its boxes are in pixels of {width}x{height} "
                 f"({self.listed})"
             )
+        return self
 
     def inside(self, box_xyxy: Box) -> Box | None:
         """The part of a box in the image; None where there is none.
@@ -164,7 +170,7 @@ class Photographs:
 
         Raises:
             FileNotFoundError: absent, which is not allowed; says what asks for it.
-            ValueError: not an image; likewise.
+            Undecodable: (a ValueError) not an image; likewise.
         """
         if names[0].startswith(("http://", "https://")):
             return self.take(listed, names[0], names[0], _fetched(names[0]))
@@ -172,7 +178,7 @@ class Photographs:
         if path is None:
             return self.take(listed, names[0], self.places[0] / names[0], None)
         if (size := path.stat().st_size) > LARGEST:  # asked first: reading would take the memory
-            raise ValueError(f"{path}: {size} bytes; expected an image of at most {LARGEST} ({listed})")
+            raise Undecodable(f"{path}: {size} bytes; expected an image of at most {LARGEST} ({listed})")
         return self.take(listed, names[0], path, path.read_bytes())
 
     def locate(self, *names: str) -> Path | None:
@@ -193,7 +199,7 @@ class Photographs:
             try:
                 return Found(listed, path, image, *open_image(image).size, self.boxes)
             except Undecodable as error:
-                raise ValueError(f"{path}: {error} ({listed})") from None
+                raise type(error)(f"{path}: {error} ({listed})") from None
         if self.allow_missing is False:
             raise FileNotFoundError(f"{path}: no such photograph, but {listed} (allow_missing leaves it out)")
         self.absent.append(name)

@@ -107,7 +107,7 @@ def read(
                 found = images.find(f"{refs_at.name} refers to it", *_names(photograph))
                 if found is None:
                     continue
-                found.check_size(photograph.width, photograph.height)
+                found = found.of_size(photograph.width, photograph.height)
                 expressions = []
                 for ref in image_refs:
                     where = f"{refs_at}: ref {ref.ref_id}"

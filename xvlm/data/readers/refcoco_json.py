@@ -91,7 +91,7 @@ def read(
                 where, expressions = f"{path}: {file_name}", []
                 for one in said:
                     with entry(where):
-                        found.check_size(one.width, one.height)
+                        found = found.of_size(one.width, one.height)
                         box = found.nearly_inside(where, corners(one.bbox))
                         expressions += [Expression(text=text, box_xyxy=box) for text in one.expressions if text.strip()]
                 same_as = known_as(file_name)

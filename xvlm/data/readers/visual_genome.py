@@ -143,7 +143,7 @@ def read(
                 found = images.find(f"{listed_at.name} lists {one.image_id}", f"{one.image_id}.jpg")
                 if found is None:
                     continue
-                found.check_size(one.width, one.height)
+                found = found.of_size(one.width, one.height)
                 ids = {"coco": one.coco_id, "flickr": one.flickr_id}
                 made = record(
                     f"{folder}: image {one.image_id}",
