@@ -588,6 +588,18 @@ def test_several_files_and_folders_of_images_are_one_split(tmp_path):
         pack(config(tmp_path / "new", **corpus, images=tmp_path / "vgg"))
 
 
+def test_an_image_that_comes_later_to_a_folder_of_images_is_a_change(tmp_path):
+    place(tmp_path, "photos/a.jpg")
+    (tmp_path / "t.csv").write_text("image,text\na.jpg,a dog\nb.jpg,a cat\n")
+    corpus = {"reader": "csv_table", "files": {"train": tmp_path / "t.csv"}, "images": tmp_path / "photos"}
+    asked = config(tmp_path / "out", **corpus, allow_missing=True)
+    pack(asked)
+    pack(asked)
+    place(tmp_path, "photos/b.jpg")
+    with pytest.raises(ValueError, match="the source has changed since this was packed"):
+        pack(asked)
+
+
 def test_a_table_with_a_column_of_splits_is_held_out_from_within_train(tmp_path):
     place(tmp_path, *(f"{i}.jpg" for i in range(4)))
     rows = [f"{i}.jpg,a dog,{'test' if i == 3 else 'train'}\n" for i in range(4)]

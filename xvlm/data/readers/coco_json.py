@@ -125,10 +125,8 @@ def read(
                     if picture.width is not None and picture.height is not None:
                         found = found.of_size(picture.width, picture.height)
                 outlines += sum(bool(annotation.segmentation) for one in listed for _, annotation in one.said)
-                yield (
-                    _record(listed, found, masks, {"id": images.id_of(file_name), "source": source, "split": part}),
-                    found.image,
-                )
+                of = {"id": images.id_of(file_name), "source": source, "split": part}
+                yield _record(listed, found, masks, of), found.image
     if outlines and not masks:
         logger.warning("%s: %d outlines were left out (masks keeps them)", folder, outlines)
 

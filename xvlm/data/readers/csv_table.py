@@ -82,10 +82,8 @@ def read(
             with entry():
                 found = images.find(f"{rows[0][0]} lists it", name)
                 if found is not None:
-                    yield (
-                        _record(name, rows, found, {"id": images.id_of(name), "source": source, "split": part}),
-                        found.image,
-                    )
+                    of = {"id": images.id_of(name), "source": source, "split": part}
+                    yield _record(name, rows, found, of), found.image
 
 
 def _rows(paths: Sequence[Path], split: str) -> dict[str, list[Said]]:

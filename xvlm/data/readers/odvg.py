@@ -101,10 +101,8 @@ def read(
             with entry():
                 found = images.find(f"{lines[0][0]} lists it", name)
                 if found is not None:
-                    yield (
-                        _record(name, lines, found, {"id": images.id_of(name), "source": source, "split": part}),
-                        found.image,
-                    )
+                    of = {"id": images.id_of(name), "source": source, "split": part}
+                    yield _record(name, lines, found, of), found.image
 
 
 def _record(name: str, lines: list[Said], found: Found, of: dict[str, str]) -> Record:
