@@ -204,6 +204,11 @@ def test_random_crops_have_the_area_and_aspect_asked_for():
         ("leftover copyright on the right.", "leftover copyright on the left."),
         ("a left, a right", "a right, a left"),
         ("on the lefthand side, facing rightwards", "on the righthand side, facing leftwards"),
+        ("topleft, BottomRight, upper-left", "topright, BottomLeft, upper-right"),
+        ("rightside of it, far left2, right_of, left-handed", "leftside of it, far right2, left_of, right-handed"),
+        ("the dog on the right behind him", "the dog on the left behind him"),
+        ("his right next to her left at last", "his left next to her right at last"),
+        ("a man left of the bus that is left of it", "a man right of the bus that is right of it"),
     ],
 )
 def test_sides_are_swapped_as_whole_words(text, swapped):
@@ -212,11 +217,28 @@ def test_sides_are_swapped_as_whole_words(text, swapped):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "a woman walks right behind him",
+        "Right next to it, right now, right in front of us",
+        "looking right at the camera",
+        "a plane that has left a trail, and a boat that had left the harbour",
+        "food left over, a bag left behind and a bike left alone",
+        "all right, right side up, at a right angle",
+        "upright, brightly lit, leftovers, copyright",
+    ],
+)
+def test_words_that_are_no_sides_are_left_alone(text):
+    assert swap_sides(text) == text
+
+
+@pytest.mark.parametrize(
     ("words", "texts", "after", "flipped"),
     [
         ("swap", ["left eye", "bright"], ["right eye", "bright"], True),
         ("ignore", ["left eye", "bright"], ["left eye", "bright"], True),
         ("skip", ["left eye", "bright"], ["left eye", "bright"], False),
+        ("skip", ["at the topleft", "bright"], ["at the topleft", "bright"], False),
         ("skip", ["an eye", "bright"], ["an eye", "bright"], True),
     ],
 )

@@ -36,7 +36,8 @@ class AugmentConfig(Configured):
     scale: tuple[Positive, Positive] = (0.2, 1.0)
     ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     hflip: Share = 0.5
-    # where a text says left or right: `ignore` flips all the same (X-VLM), `skip` does not flip, `swap` swaps the words
+    # where a text says left or right: `ignore` flips all the same (X-VLM), `skip` does not flip, whatever it means,
+    # `swap` swaps the words where they are sides
     flip_words: Literal["ignore", "skip", "swap"] = "swap"
     randaugment: Literal["none", "full", "colour"] = "full"  # `colour` is `full` without what moves pixels
     min_visible: Share = 0.5  # a box stays if more than this share of it is in the crop (min_perc_in_image)
@@ -226,19 +227,41 @@ def targets(boxes_xywh: Float[Tensor, "n 4"], size: tuple[int, int]) -> Float[Te
 
 # Words.
 
-SIDES = re.compile(r"\b(left|right)(most|hand|ward|wards)?\b", re.IGNORECASE)
+_LETTER = r"[^\W\d_]"  # so that right_of and left2 are sides, and bright is none
+SIDES = re.compile(
+    rf"(?<!{_LETTER})(top|bottom|upper|lower|far|mid|middle|center|centre|front|back|rear)?(left|right)"
+    rf"(most|handed|hand|sides?|wards?|est|ish)?(?!{_LETTER})",
+    re.IGNORECASE,
+)
+
+# "right behind him" says how near and "has left a trail" what was done, but "on the right behind him" is a side.
+_A_SIDE_AFTER = "the his her its their my your our on to from and or far top bottom upper lower turn turning facing"
+_RIGHT_BEFORE = (
+    "now|away|here|there|next|behind|beside|above|over|below|beneath|under|underneath|along|alongside|against|across|past|"
+    "through|into|outside|before|after|at|towards?|up|down|in front|in the (?:middle|center|centre)|on top|side up|"
+    "of way|angles?"
+)
+_LEFT_BEFORE = "behind|over|alone|open|unattended"
+_NO_SIDES = re.compile(
+    "("
+    + "".join(rf"(?<!\b{word} )" for word in _A_SIDE_AFTER.split())
+    + rf"\b(?:right (?:{_RIGHT_BEFORE})|left (?:{_LEFT_BEFORE})|all right|be(?:en|ing) left(?! of)"
+    + r"|(?:has|have|had|having) left (?:an?|the|his|her|its|their|some|behind))\b)",
+    re.IGNORECASE,
+)
 
 
 def swap_sides(text: str) -> str:
-    """The text about the mirrored image: left for right, leftmost for rightmost; "bright" is no side."""
+    """The text about the mirrored image: left for right, leftmost for rightmost; "bright" and "right now" are none."""
 
     def other(match: re.Match) -> str:
-        side = match[1]
+        where, side, rest = match.groups(default="")
         swapped = "right" if side.lower() == "left" else "left"
         cased = swapped.upper() if side.isupper() else swapped.capitalize() if side[0].isupper() else swapped
-        return cased + (match[2] or "")
+        return where + cased + rest
 
-    return SIDES.sub(other, text)
+    parts = _NO_SIDES.split(text)  # every second one is none
+    return "".join(part if i % 2 else SIDES.sub(other, part) for i, part in enumerate(parts))
 
 
 def _compose(before: Float[np.ndarray, "2 3"], after: Float[np.ndarray, "2 3"]) -> Float[np.ndarray, "2 3"]:
