@@ -16,6 +16,7 @@ from xvlm.bench import data as reading
 from xvlm.bench import measure, retrieval
 from xvlm.bench import step as bench
 from xvlm.bench.naive import fuse_padded, naive_losses, read_padded
+from xvlm.data.prepare import Preparation
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.shards import Shards
 from xvlm.data.stream_config import StreamConfig
@@ -207,6 +208,26 @@ def test_reading_is_measured_as_a_stream_of_each_kind(photographs, tmp_path):
             assert sum(shares.values()) == pytest.approx(1)
             assert all(share > 0 for share in shares.values())
     assert "| of our time | read | decode | augment | words | batch |" in printed
+
+
+def test_smaller_images_are_measured_beside_their_originals(photographs, tmp_path, monkeypatch):
+    samples = (photographs.read(i) for i in range(5))
+    write_shards(samples, tmp_path / "small", prepare=Preparation(max_side=48), progress=False)
+    read: list[tuple[int, int]] = []
+    plainly = reading.read_plainly
+    monkeypatch.setattr(
+        reading,
+        "read_plainly",
+        lambda record, *rest: read.append((record.width, record.height)) or plainly(record, *rest),
+    )
+    asked = ["--size", 32, "--repeats", 1, "--originals", photographs.folder]
+    printed = lines_of("bench", "data", tmp_path / "small", *asked)
+    assert "images of 48x36 pixels" in printed[0] and f"the plain way reads {photographs.folder}" in printed[1]
+    assert set(read) == {(96, 72)}
+    others = [(record.model_copy(update={"id": "another"}), image) for record, image in [photographs.read(0)]]
+    write_shards(others, tmp_path / "others", progress=False)
+    said = error_of(monkeypatch, "bench", "data", tmp_path / "others", *asked)
+    assert f"{photographs.folder}: there is no record 'another'" in said
 
 
 def test_a_kind_of_record_that_is_not_there_is_left_out(photographs, tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ class Reading:
 @dataclass(frozen=True)
 class Result:
     source: str
+    originals: str | None  # what the plain way reads instead
     mean_size: tuple[float, float]  # width, height
     mean_bytes: float
     size: tuple[int, int]  # height, width
@@ -76,7 +77,8 @@ class Result:
         lines = [
             f"{self.source}: images of {width:.0f}x{height:.0f} pixels and {self.mean_bytes / 1e3:.0f} kB on average, "
             f"to {self.size[1]}x{self.size[0]}",
-            f"one core, {self.clock} time; medians of {self.repeats}",
+            f"one core, {self.clock} time; medians of {self.repeats}"
+            + (f"; the plain way reads {self.originals}" if self.originals else ""),
             "",
             "| samples/s | images, texts | plain | ours, exact | ours, fast |",
             "| --- | --- | --- | --- | --- |",
@@ -102,17 +104,20 @@ def bench_data(
     repeats: int,
     clock: str = "wall",
     made: tuple[int, int] = (640, 480),
+    originals: Path | None = None,
 ) -> Result:
     """Measure reading a packed folder, or photographs made here, at the processor's size.
 
     Args:
         folder: None makes JPEGs of ``made`` size: width, height.
+        originals: the same records packed with larger images (without ``--max-side``), which the plain way reads.
         images: how many are read, about: whole batches, of what the folder has.
         batch: images of a batch.
 
     Raises:
-        ValueError: an unknown clock, or a folder with no record that any stream can use.
-        FileNotFoundError: the folder is not packed.
+        ValueError: an unknown clock, a folder with no record that any stream can use, or one that is not among the
+            originals.
+        FileNotFoundError: a folder is not packed.
     """
     if clock not in ("wall", "cpu"):
         raise ValueError(f"clock {clock!r}; expected wall or cpu")
@@ -120,15 +125,17 @@ def bench_data(
         if folder is None:
             write_shards((photograph(i, made) for i in range(images)), Path(temporary), progress=False)
         shards = Shards(folder or temporary)
+        plain = Shards(originals) if originals else shards
         batch = min(batch, len(shards))
         batches = min(images, len(shards)) // batch
         grains: tuple[Grain, ...] = ("caption", "region")
-        readings = [_measure(shards, grain, processor, batches, batch, repeats, clock) for grain in grains]
+        readings = [_measure(shards, plain, grain, processor, batches, batch, repeats, clock) for grain in grains]
         if not any(one.images for one in readings):
             raise ValueError(f"{folder}: no record has a caption or a box that can be used")
         some = [shards.read(i) for i in range(min(images, len(shards)))]
     return Result(
         source=str(folder or f"{images} photographs made here"),
+        originals=str(originals) if originals else None,
         mean_size=tuple(np.mean([(record.width, record.height) for record, _ in some], 0).tolist()),
         mean_bytes=float(np.mean([len(data) for _, data in some])),
         size=processor.config.image_size,
@@ -139,7 +146,14 @@ def bench_data(
 
 
 def _measure(
-    shards: Shards, grain: Grain, processor: Processor, batches: int, images: int, repeats: int, clock: str
+    shards: Shards,
+    originals: Shards,
+    grain: Grain,
+    processor: Processor,
+    batches: int,
+    images: int,
+    repeats: int,
+    clock: str,
 ) -> Reading:
     def ours(pixels: str) -> Callable[[], list[Batch]]:
         config = StreamConfig(
@@ -157,14 +171,19 @@ def _measure(
         read = ours("exact")()
     except UnusableData:
         return Reading(grain, 0, 0, len(shards), {}, {})
-    number = {shards.key(i): i for i in range(len(shards))}
-    seen = [number[name] for batch in read for name in batch.ids]
+    names = [name for batch in read for name in batch.ids]
+    try:
+        seen = [originals.find(name) for name in names]
+    except KeyError as error:
+        raise ValueError(f"{originals.folder}: there is no record {error}, which {shards.folder} has") from None
     config = StreamConfig(shards=[shards.folder], grain=grain, images=images)
 
     def plain() -> Callable[[], list[Tensor]]:
         rng = Random(0)
         return lambda: [
-            torch.stack([read_plainly(*shards.read(i), config, processor, rng) for i in seen[first : first + images]])
+            torch.stack(
+                [read_plainly(*originals.read(i), config, processor, rng) for i in seen[first : first + images]]
+            )
             for first in range(0, len(seen), images)
         ]
 

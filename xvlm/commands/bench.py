@@ -90,6 +90,9 @@ def data(
     repeats: Annotated[int, typer.Option(min=1, help="Times are medians over them.")] = 5,
     clock: Annotated[str, typer.Option(help="wall, or cpu: processor time, for a busy machine.")] = "wall",
     made: Annotated[tuple[int, int], typer.Option(help="Width and height of the photographs made here.")] = (640, 480),
+    originals: Annotated[
+        Path | None, typer.Option(help="The same records packed with larger images: the plain way reads these.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the numbers go as well.")] = None,
 ) -> None:
     """Samples a core reads, decodes and augments per second, beside the same images by Pillow and torchvision."""
@@ -101,6 +104,7 @@ def data(
     torch.set_num_threads(1)
     processor = Processor.from_tokenizer(hub.locate(tokenizer), ProcessorConfig(image_size=size))
     asked = {"images": images, "batch": batch, "repeats": repeats, "clock": clock, "made": made}
+    asked["originals"] = originals
     result = bench_data(shards, processor, **asked)
     _report(result, json_file)
 
