@@ -1,5 +1,5 @@
-"""The pixels of :mod:`xvlm.data.pixels` in less time, to within a bit or two: JPEGs are decoded no larger than needed,
-and vector code resizes, moves and sharpens.
+"""The pixels of :mod:`xvlm.data.pixels` in less time: vector code resizes, moves and sharpens, to within a bit or two,
+and JPEGs are decoded no larger than needed, where edges differ by more (docs/data.md has figures).
 
 Images are tensors of bytes here.
 """

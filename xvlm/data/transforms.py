@@ -42,7 +42,7 @@ class AugmentConfig(Configured):
     randaugment: Literal["none", "full", "colour"] = "full"  # `colour` is `full` without what moves pixels
     min_visible: Share = 0.5  # a box stays if more than this share of it is in the crop (min_perc_in_image)
     # `exact`: as in X-VLM; `fast`: JPEGs decoded at 1/2, 1/4 or 1/8 where that is large enough, and resized, sharpened
-    # and moved by vector code, to within a bit or two
+    # and moved by vector code; how much the pixels differ is in docs/data.md
     pixels: Literal["exact", "fast"] = "exact"
 
 
