@@ -291,7 +291,7 @@ def test_a_source_that_changed_is_not_taken_for_packed(table, change):
     else:
         place(table.folder, "b.jpg")
     with pytest.raises(
-        ValueError, match=r"packed/train: the source has changed .*; choose another folder .* or remove"
+        ValueError, match=r"packed/train: the source has changed .*; remove that folder .*, or choose another"
     ):
         pack(table)
     shutil.rmtree(table.out)
@@ -556,7 +556,22 @@ def test_a_folder_packed_from_something_else_says_what_differs_and_no_more(tmp_p
         pack(CorpusConfig(**asked | {"splits": {"train": 3}}, scenes={"size": 96}, max_side=50))
     assert str(raised.value) == (
         f"{tmp_path / 'train'} was packed from something else (limit was 2, is 3, scenes.size was 64, is 96, max_side "
-        "was None, is 50); choose another folder (corpus.out), or remove this one to pack it anew"
+        "was None, is 50); remove that folder to pack it anew, or choose another folder"
+    )
+
+
+def test_a_file_that_was_edited_is_named(tmp_path):
+    place(tmp_path, "a.jpg")
+    table = tmp_path / "mine.csv"
+    table.write_text("image,text\na.jpg,a dog\n")
+    asked = config(tmp_path / "out", reader="csv_table", files={"train": table})
+    pack(asked)
+    table.write_text("image,text\na.jpg,a cat\n")
+    with pytest.raises(ValueError) as raised:
+        pack(asked)
+    assert str(raised.value) == (
+        f"{table} changed since {tmp_path / 'out/train'} was packed, or another file was; remove that folder "
+        "to pack it anew, or choose another folder"
     )
 
 
@@ -596,6 +611,33 @@ def test_an_image_that_comes_later_to_a_folder_of_images_is_a_change(tmp_path):
     pack(asked)
     pack(asked)
     place(tmp_path, "photos/b.jpg")
+    with pytest.raises(ValueError, match="the source has changed since this was packed"):
+        pack(asked)
+
+
+def test_an_image_that_comes_later_outside_of_the_folder_is_a_change(tmp_path):
+    place(tmp_path, "mine/a.jpg")
+    away = tmp_path / "away/b.jpg"
+    (tmp_path / "mine/train.csv").write_text(f"image,text\na.jpg,a dog\n{away},a cat\n")
+    asked = config(tmp_path / "out", reader="csv_table", folder=tmp_path / "mine", allow_missing=True)
+    pack(asked)
+    place(tmp_path, "away/b.jpg")
+    with pytest.raises(ValueError, match="the source has changed since this was packed"):
+        pack(asked)
+
+
+def test_names_of_labels_beside_a_file_that_was_named_are_part_of_the_source(tmp_path, monkeypatch):
+    place(tmp_path, "a.jpg")
+    thing = {"bbox": [10, 10, 50, 50], "label": 0}
+    line = {"filename": "a.jpg", "width": 100, "height": 80, "detection": {"instances": [thing]}}
+    (tmp_path / "my.jsonl").write_text(json.dumps(line))
+    (tmp_path / "label_map.json").write_text('{"0": "dog"}')
+    asked = config(tmp_path / "out", reader="odvg", files={"train": tmp_path / "my.jsonl"})
+    pack(asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "read", lambda *_: pytest.fail("the source was read"))
+        pack(asked)
+    (tmp_path / "label_map.json").write_text('{"0": "cat"}')
     with pytest.raises(ValueError, match="the source has changed since this was packed"):
         pack(asked)
 
