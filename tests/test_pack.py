@@ -492,6 +492,19 @@ def test_a_statement_far_behind_its_other_image_goes_too_when_packing_went_on(so
     assert Shards(tmp_path / "cut/train").counts["statements"] == 5
 
 
+@pytest.mark.parametrize("cut", [None, 5])
+def test_statements_that_stay_although_their_other_image_does_not_come_are_counted(cut, source, small_shards, tmp_path):
+    about = [Statement(text="x", other=other, label=True) for other in ("r1", "r6", "r7", "nowhere")]
+    source[:] = [sample(0, statements=about), *(sample(i) for i in range(1, 8))]
+    source[6] = source[6][0], source[6][1][:-100]
+    if cut is not None:
+        interrupt(source, cut, config(tmp_path, allow_broken=True))
+    pack(config(tmp_path, allow_broken=True))
+    unreadable, dangling = read_remarks(tmp_path / "train")
+    assert (unreadable.record, dangling.record, dangling.why, dangling.packed) == ("r6", "r0", "statements", True)
+    assert dangling.message == "with 2 statements about images that are not here"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Held-out images
 
