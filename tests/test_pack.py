@@ -1,5 +1,6 @@
 """From a reader to shards: any number of workers, interruptions, images that are broken, too large, or held out."""
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from xvlm.data import pack as packing
+from xvlm.data.cache import alone
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.parallel import AHEAD, ordered_map
 from xvlm.data.records import RLE, Expression, Object, Phrase, Record, Region, Statement
@@ -246,6 +248,36 @@ def test_a_folder_is_packed_by_one_process_at_a_time(tmp_path):
     with pytest.raises(FileExistsError, match="packed already"):
         write_shards([sample(7)], tmp_path, progress=False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["000000.tar", "index.json"]
+
+
+def test_a_folder_that_another_process_finishes_meanwhile_is_packed_already(tmp_path, monkeypatch):
+    def finished_first(*_):
+        (tmp_path / JOURNAL).unlink()
+        (tmp_path / "index.json").write_text("{}")
+
+    monkeypatch.setattr("fcntl.flock", finished_first)
+    with pytest.raises(FileExistsError, match="packed already"):
+        write_shards([sample(0)], tmp_path, progress=False)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match=rf"{tmp_path}: files cannot be locked .*; choose a folder on another"):
+        write_shards([sample(0)], tmp_path, progress=False)
+    with pytest.raises(OSError, match=rf"{tmp_path}: files cannot be locked"), alone(tmp_path / "a.tar"):
+        pass
+
+
+def test_notes_on_an_earlier_packing_do_not_stay(source, tmp_path):
+    notes = [tmp_path / "train" / name for name in (REMARKS, packing.FINGERPRINT)]
+    notes[0].parent.mkdir()
+    for note in notes:
+        note.write_text("old")
+    pack(config(tmp_path))
+    assert not any(note.exists() for note in notes)
 
 
 def test_large_images_make_shards_of_fewer_samples_that_are_on_disk_as_they_come(tmp_path, monkeypatch):

@@ -110,6 +110,7 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
             continue
         if config.avoid and guard is None:
             guard = Guard(config.avoid, config.workers, progress=True)
+        (folder / FINGERPRINT).unlink(missing_ok=True)
         before = source.fingerprint()
         write_shards(
             source,

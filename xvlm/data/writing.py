@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from xvlm import hub
 from xvlm.config import Configured
+from xvlm.data.cache import lock
 from xvlm.data.parallel import ordered_map
 from xvlm.data.records import Record
 from xvlm.data.shards import INDEX, REMARKS, Index, Remark, Shard
@@ -150,14 +151,14 @@ def _claimed(folder: Path) -> Iterator[BinaryIO]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / JOURNAL).open("a+b") as journal:
         try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+            lock(journal, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"{folder}: another process is packing into this folder") from None
         if (folder / INDEX).exists():
-            (folder / JOURNAL).unlink()
+            (folder / JOURNAL).unlink(missing_ok=True)  # the other process may just have finished, and removed it
             raise FileExistsError(f"{folder / INDEX}: this folder is packed already")
-        for leftover in folder.glob(".*.unfinished"):
-            leftover.unlink()
+        for leftover in [*folder.glob(".*.unfinished"), folder / REMARKS]:
+            leftover.unlink(missing_ok=True)
         yield journal
 
 
