@@ -38,6 +38,22 @@ def distance(a: int, b: int) -> int:
     return (a ^ b).bit_count()
 
 
+def tinted(image: Image.Image, *factors: float) -> Image.Image:
+    """Red, green and blue, each made stronger or weaker."""
+    channels = zip(image.split(), factors, strict=True)
+    return Image.merge(
+        "RGB", [one.point(lambda value, by=factor: min(255, round(value * by))) for one, factor in channels]
+    )
+
+
+def warm(image: Image.Image) -> Image.Image:
+    return tinted(image, 1.2, 1, 0.8)
+
+
+def sepia(image: Image.Image) -> Image.Image:
+    return tinted(image.convert("L").convert("RGB"), 1, 0.85, 0.65)
+
+
 CHANGES = [
     lambda image: image.resize((image.width // 4, image.height // 4)),
     lambda image: image.resize((224, 224)),
@@ -52,6 +68,12 @@ def test_the_hash_of_a_changed_photograph_is_near(change):
     for seed in range(10):
         image = photograph(seed)
         assert Looks([look_at(image)]).near(look_at(change(image)))
+
+
+@pytest.mark.parametrize("change", [warm, sepia])
+def test_a_photograph_in_other_colours_is_the_same_one(change):
+    for seed in range(10):
+        assert Looks([look_at(photograph(seed))]).near(look_at(change(photograph(seed))))
 
 
 def test_hashes_of_other_photographs_are_far():
@@ -98,6 +120,9 @@ SHARES = {  # of copies that are found at least
     "cropped by 10 %": (smaller_by(0.1), 0),
     "brighter": (lambda image: ImageEnhance.Brightness(image).enhance(1.4), 0.85),
     "more contrast": (lambda image: ImageEnhance.Contrast(image).enhance(1.5), 0.97),
+    "warmer": (warm, 0.9),
+    "sepia": (sepia, 0.85),
+    "with a white border of 2 %": (lambda image: ImageOps.expand(image, image.width // 50, "white"), 0.3),
     "mirrored": (ImageOps.mirror, 0),
 }
 

@@ -1,5 +1,6 @@
 """From a reader to shards: any number of workers, interruptions, images that are broken, too large, or held out."""
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from xvlm.data import pack as packing
+from xvlm.data.cache import alone
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.parallel import AHEAD, ordered_map
 from xvlm.data.records import RLE, Expression, Object, Phrase, Record, Region, Statement
@@ -248,6 +250,36 @@ def test_a_folder_is_packed_by_one_process_at_a_time(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["000000.tar", "index.json"]
 
 
+def test_a_folder_that_another_process_finishes_meanwhile_is_packed_already(tmp_path, monkeypatch):
+    def finished_first(*_):
+        (tmp_path / JOURNAL).unlink()
+        (tmp_path / "index.json").write_text("{}")
+
+    monkeypatch.setattr("fcntl.flock", finished_first)
+    with pytest.raises(FileExistsError, match="packed already"):
+        write_shards([sample(0)], tmp_path, progress=False)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match=rf"{tmp_path}: files cannot be locked .*; choose a folder on another"):
+        write_shards([sample(0)], tmp_path, progress=False)
+    with pytest.raises(OSError, match=rf"{tmp_path}: files cannot be locked"), alone(tmp_path / "a.tar"):
+        pass
+
+
+def test_notes_on_an_earlier_packing_do_not_stay(source, tmp_path):
+    notes = [tmp_path / "train" / name for name in (REMARKS, packing.FINGERPRINT)]
+    notes[0].parent.mkdir()
+    for note in notes:
+        note.write_text("old")
+    pack(config(tmp_path))
+    assert not any(note.exists() for note in notes)
+
+
 def test_large_images_make_shards_of_fewer_samples_that_are_on_disk_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr("xvlm.data.writing.BYTES_PER_SHARD", 250_000)
     on_disk = []
@@ -291,7 +323,7 @@ def test_a_source_that_changed_is_not_taken_for_packed(table, change):
     else:
         place(table.folder, "b.jpg")
     with pytest.raises(
-        ValueError, match=r"packed/train: the source has changed .*; choose another folder .* or remove"
+        ValueError, match=r"packed/train: the source has changed .*; remove that folder .*, or choose another"
     ):
         pack(table)
     shutil.rmtree(table.out)
@@ -492,6 +524,19 @@ def test_a_statement_far_behind_its_other_image_goes_too_when_packing_went_on(so
     assert Shards(tmp_path / "cut/train").counts["statements"] == 5
 
 
+@pytest.mark.parametrize("cut", [None, 5])
+def test_statements_that_stay_although_their_other_image_does_not_come_are_counted(cut, source, small_shards, tmp_path):
+    about = [Statement(text="x", other=other, label=True) for other in ("r1", "r6", "r7", "nowhere")]
+    source[:] = [sample(0, statements=about), *(sample(i) for i in range(1, 8))]
+    source[6] = source[6][0], source[6][1][:-100]
+    if cut is not None:
+        interrupt(source, cut, config(tmp_path, allow_broken=True))
+    pack(config(tmp_path, allow_broken=True))
+    unreadable, dangling = read_remarks(tmp_path / "train")
+    assert (unreadable.record, dangling.record, dangling.why, dangling.packed) == ("r6", "r0", "statements", True)
+    assert dangling.message == "with 2 statements about images that are not here"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Held-out images
 
@@ -556,7 +601,22 @@ def test_a_folder_packed_from_something_else_says_what_differs_and_no_more(tmp_p
         pack(CorpusConfig(**asked | {"splits": {"train": 3}}, scenes={"size": 96}, max_side=50))
     assert str(raised.value) == (
         f"{tmp_path / 'train'} was packed from something else (limit was 2, is 3, scenes.size was 64, is 96, max_side "
-        "was None, is 50); choose another folder (corpus.out), or remove this one to pack it anew"
+        "was None, is 50); remove that folder to pack it anew, or choose another folder"
+    )
+
+
+def test_a_file_that_was_edited_is_named(tmp_path):
+    place(tmp_path, "a.jpg")
+    table = tmp_path / "mine.csv"
+    table.write_text("image,text\na.jpg,a dog\n")
+    asked = config(tmp_path / "out", reader="csv_table", files={"train": table})
+    pack(asked)
+    table.write_text("image,text\na.jpg,a cat\n")
+    with pytest.raises(ValueError) as raised:
+        pack(asked)
+    assert str(raised.value) == (
+        f"{table} changed since {tmp_path / 'out/train'} was packed, or another file was; remove that folder "
+        "to pack it anew, or choose another folder"
     )
 
 
@@ -596,6 +656,33 @@ def test_an_image_that_comes_later_to_a_folder_of_images_is_a_change(tmp_path):
     pack(asked)
     pack(asked)
     place(tmp_path, "photos/b.jpg")
+    with pytest.raises(ValueError, match="the source has changed since this was packed"):
+        pack(asked)
+
+
+def test_an_image_that_comes_later_outside_of_the_folder_is_a_change(tmp_path):
+    place(tmp_path, "mine/a.jpg")
+    away = tmp_path / "away/b.jpg"
+    (tmp_path / "mine/train.csv").write_text(f"image,text\na.jpg,a dog\n{away},a cat\n")
+    asked = config(tmp_path / "out", reader="csv_table", folder=tmp_path / "mine", allow_missing=True)
+    pack(asked)
+    place(tmp_path, "away/b.jpg")
+    with pytest.raises(ValueError, match="the source has changed since this was packed"):
+        pack(asked)
+
+
+def test_names_of_labels_beside_a_file_that_was_named_are_part_of_the_source(tmp_path, monkeypatch):
+    place(tmp_path, "a.jpg")
+    thing = {"bbox": [10, 10, 50, 50], "label": 0}
+    line = {"filename": "a.jpg", "width": 100, "height": 80, "detection": {"instances": [thing]}}
+    (tmp_path / "my.jsonl").write_text(json.dumps(line))
+    (tmp_path / "label_map.json").write_text('{"0": "dog"}')
+    asked = config(tmp_path / "out", reader="odvg", files={"train": tmp_path / "my.jsonl"})
+    pack(asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "read", lambda *_: pytest.fail("the source was read"))
+        pack(asked)
+    (tmp_path / "label_map.json").write_text('{"0": "cat"}')
     with pytest.raises(ValueError, match="the source has changed since this was packed"):
         pack(asked)
 

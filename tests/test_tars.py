@@ -100,6 +100,15 @@ def test_urls_read_like_packed_ones(folder, cache):
     server.server_close()
 
 
+def test_a_file_that_is_called_like_a_command_is_a_file(folder, cache, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "000.tar").rename(folder / "pipe:touch ran; cat 001.tar")
+    assert read("pipe:touch ran; cat 001.tar", cache) == EXPECTED[:3]
+    assert tars.expand(["pipe:touch ran; cat 001.tar"]) == [str(folder / "pipe:touch ran; cat 001.tar")]
+    assert not (folder / "ran").exists()
+    assert tars.expand([f"pipe:cat {'x' * 300}.tar"]) == [f"pipe:cat {'x' * 300}.tar"]
+
+
 def test_a_packed_folder_is_its_own(folder, cache, tmp_path):
     writing.write_shards(EXPECTED, tmp_path / "packed", progress=False)
     assert tars.locate(str(tmp_path / "packed"), cache) == tmp_path / "packed"

@@ -47,7 +47,9 @@ def pack(
     packed = packing.pack(config)[split]
     said = Counter((remark.why, remark.packed) for remark in read_remarks(out / split))
     for (why, kept), count in said.items():
-        outcome = "packed without some" if why == "statements" else "packed all the same" if kept else "left out"
+        outcome = "packed all the same" if kept else "left out"
+        if why == "statements":
+            outcome = "about images that are not packed"
         typer.echo(f"{why}: {count} {outcome}, listed in {out / split / REMARKS}")
     if config.avoid and not any(why == "leak" for why, _ in said):
         typer.echo("leak: 0")

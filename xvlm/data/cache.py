@@ -1,5 +1,6 @@
 """Files from URLs and pipes, brought to this disk when they are needed and kept there up to a limit."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -9,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import IO, Annotated, BinaryIO
 
 from pydantic import Field
 
@@ -114,10 +115,28 @@ class Cache(Configured):
                 room += stat.st_size
 
 
+def lock(file: IO, path: Path, how: int = fcntl.LOCK_EX) -> None:
+    """Lock an open file until it is closed, or its process ends, however that does.
+
+    Raises:
+        BlockingIOError: with ``LOCK_NB``, another process has it.
+        OSError: the file system of ``path`` has no locks.
+    """
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        raise OSError(
+            f"{path}: files cannot be locked on this file system ({error.strerror}); choose a folder on another, "
+            "such as a local disk"
+        ) from None
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """One process at a time, for each path; a process that is killed holds nobody up."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with path.with_name(f".{path.name}.lock").open("w") as held:
+        lock(held, path.parent)
         yield

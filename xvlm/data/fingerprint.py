@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -22,11 +23,28 @@ def fingerprint(folder: Path, absent: Collection[str], leave_out: Path) -> str:
     whole = hashlib.sha256()
     for path in _files(folder, {leave_out.resolve()}):
         if path.suffix.lower() not in IMAGES:
-            about = path.stat()
-            whole.update(f"{path.relative_to(folder)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode(errors="replace"))
+            whole.update(_line(path, folder))
         elif path.stem in wanted:
             whole.update(f"{path.stem}\n".encode(errors="replace"))
+    for name in sorted(absent):  # those that lie outside: an absolute path, one with ..
+        with suppress(OSError):  # a name may be too long for one
+            if (folder / name).is_file():
+                whole.update(f"{name}\n".encode(errors="replace"))
     return whole.hexdigest()
+
+
+def fingerprint_beside(folder: Path) -> str:
+    """Of the JSON files in a folder itself, where a reader of files that were named finds what belongs to them."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.glob("*.json")):
+        if path.is_file():
+            whole.update(_line(path, folder))
+    return whole.hexdigest()
+
+
+def _line(path: Path, folder: Path) -> bytes:
+    about = path.stat()
+    return f"{path.relative_to(folder)}\0{about.st_size}\0{about.st_mtime_ns}\n".encode(errors="replace")
 
 
 def _files(folder: Path, seen: set[Path]) -> Iterator[Path]:

@@ -19,6 +19,8 @@ from xvlm.data.shards import Shards
 NEAR = 6  # bits of 64 in which two pictures of the same photograph may differ; docs/data.md says what that finds
 ALIKE = 20  # bits; crops of a photograph differ in fewer, other photographs in about 32
 STRUCTURE, COLOUR = 0.6, 0.8  # cosines; of copies they are 0.9 and more, of pages of text 0.5, of other colours 0
+EQUAL = 0.9  # structure that needs no colours to bear it out, of pictures with details
+DETAIL, DETAILED = 6, 0.45  # of 127, in a share of the thumbnail; of a shape on white, more than half is plain
 COLOURLESS = 4.0  # of 127; a grey copy has no colours to compare
 
 _FREQUENCIES, _POSITIONS = np.arange(8)[:, None], np.arange(32)
@@ -58,8 +60,11 @@ def look_at(image: Image.Image) -> Look:
 
 def same_picture(one: Look, other: Look) -> bool:
     """Whether two pictures whose hashes are near are copies of one, as far as their thumbnails tell."""
-    if _cosine(one.structure, other.structure) < STRUCTURE:
+    structure = _cosine(one.structure, other.structure)
+    if structure < STRUCTURE:
         return False
+    if structure >= EQUAL and all((abs(look.structure) > DETAIL).mean() > DETAILED for look in (one, other)):
+        return True  # whatever was done to the colours
     coloured = all(np.square(look.colour, dtype=np.float64).mean() > COLOURLESS**2 for look in (one, other))
     return not coloured or _cosine(one.colour, other.colour) >= COLOUR
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from xvlm import hub
 from xvlm.config import Configured
 from xvlm.data import scenes
-from xvlm.data.fingerprint import fingerprint
+from xvlm.data.fingerprint import fingerprint, fingerprint_beside
 from xvlm.data.leaks import Guard
 from xvlm.data.prepare import Preparation
 from xvlm.data.records import Record
@@ -110,6 +110,7 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
             continue
         if config.avoid and guard is None:
             guard = Guard(config.avoid, config.workers, progress=True)
+        (folder / FINGERPRINT).unlink(missing_ok=True)
         before = source.fingerprint()
         write_shards(
             source,
@@ -139,14 +140,18 @@ class _Source:
         return iter(tqdm(samples, desc=f"reading {self.split}", unit="record", total=self.limit))
 
     def fingerprint(self, absent: Collection[str] = ()) -> str | None:
-        """Of the files as they are now; None: they are gone, or the description has a digest of all that matters."""
-        if self.config.files and not absent:
-            return None
+        """Of the files as they are now; None: they are gone. The description has a digest of files that were named."""
         folder = _folder(self.config, self.split)
         folders = [each for each in (folder, *self.config.images) if each is not None]
         if not folders or not all(each.is_dir() for each in folders):
             return None
-        return "\n".join(fingerprint(each, absent, leave_out=self.config.out) for each in folders)
+        found = []
+        if self.config.files:
+            beside = {folder, *(file.parent for file in _files(self.config, self.split))}
+            found = [fingerprint_beside(each) for each in sorted(beside)]
+        if absent or not self.config.files:
+            found += [fingerprint(each, absent, leave_out=self.config.out) for each in folders]
+        return "\n".join(found)
 
 
 def _check_same(folder: Path, source: _Source, description: dict[str, Any]) -> None:
@@ -154,11 +159,13 @@ def _check_same(folder: Path, source: _Source, description: dict[str, Any]) -> N
     index = read_index(folder)
     if not index.source:  # packed before these were kept, nor anything that tells whether the source changed
         description = {name: value for name, value in description.items() if not name.startswith("allow_")}
-    remedy = "choose another folder (corpus.out), or remove this one to pack it anew"
+    remedy = "remove that folder to pack it anew, or choose another folder"
     if index.description != description:
-        raise ValueError(
-            f"{folder} was packed from something else ({_difference(index.description, description)}); {remedy}"
-        )
+        if index.description | {"file": description.get("file")} == description:
+            files = ", ".join(map(str, _files(source.config, source.split)))
+            raise ValueError(f"{files} changed since {folder} was packed, or another file was; {remedy}")
+        different = _difference(index.description, description)
+        raise ValueError(f"{folder} was packed from something else ({different}); {remedy}")
     kept = folder / FINGERPRINT
     now = source.fingerprint([remark.record for remark in read_remarks(folder) if remark.why == "absent"])
     if not index.source or now is None or (kept.exists() and kept.read_text() == now):

@@ -81,8 +81,8 @@ class Index(Configured):
 class Remark(Configured):
     """What there is to say about a record that was left out, or packed although something speaks against it.
 
-    ``record`` is the image's name where ``why`` is absent: there is no record then. Where it is ``statements``, those
-    about an image that was left out are missing from a record that is packed.
+    ``record`` is the image's name where ``why`` is absent: there is no record then. Where it is ``statements``, a
+    record is packed of which some are about an image that is not; those of an image left out before it are left out.
     """
 
     record: str

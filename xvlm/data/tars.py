@@ -61,12 +61,22 @@ def expand(entries: Sequence[str]) -> list[str]:
 
     places = []
     for entry in entries:
+        if _is_file(entry):  # whatever its name looks like: a shell puts in what it finds, even pipe:...tar
+            places.append(leads_to_tar(str(Path(entry).absolute())))
+            continue
         for place in braceexpand(entry):
             found = [place] if is_remote(place) else _matching(Path(place).absolute())
             if not found:
                 raise FileNotFoundError(f"{place}: no such file")
             places += map(leads_to_tar, found)
     return places
+
+
+def _is_file(entry: str) -> bool:
+    try:
+        return Path(entry).is_file()
+    except OSError:  # a command may be too long for a name
+        return False
 
 
 def _matching(pattern: Path) -> list[str]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from xvlm import hub
 from xvlm.config import Configured
+from xvlm.data.cache import lock
 from xvlm.data.parallel import ordered_map
 from xvlm.data.records import Record
 from xvlm.data.shards import INDEX, REMARKS, Index, Remark, Shard
@@ -42,7 +43,8 @@ def as_it_is(record: Record, image: bytes) -> Prepared:
 class _Finished(Configured):
     """A line of the journal: a shard that stands, and what went into it.
 
-    ``read``: how many samples, those left out included; ``source``: a digest of all of them.
+    ``read``: how many samples, those left out included; ``source``: a digest of all of them; ``awaited``: records whose
+    statements are about another image that had not come yet, and that image.
     """
 
     shard: Shard
@@ -50,6 +52,7 @@ class _Finished(Configured):
     source: str
     counts: dict[str, int]
     remarks: list[Remark]
+    awaited: list[tuple[str, str]] = []
 
 
 def write_shards(
@@ -69,7 +72,8 @@ def write_shards(
     meant; one is full with ``samples_per_shard``, or with half a gigabyte. A journal beside them says what went into
     each; packing that was cut short goes on after the last shard whose samples, on reading them again, are the same
     ones, with the same description. The journal goes when the index comes. Remarks are in ``remarks.jsonl``. Statements
-    go with the other image that they are about, where that was left out before them.
+    go with the other image that they are about, where that was left out before them; remarks tell of those that stay
+    although that image was left out behind them, or never came.
 
     Args:
         samples: may be read from the beginning more than once; an iterator, which cannot, is packed anew each time.
@@ -89,6 +93,7 @@ def write_shards(
         seen = {row[0] for part in finished for row in part.shard.samples}
         digests: list[bytes] = []
         remarks: list[Remark] = []
+        awaited: list[tuple[str, str]] = []
         gone = {remark.record for part in finished for remark in part.remarks if not remark.packed}
 
         def kept() -> Iterator[tuple[Record, bytes]]:
@@ -108,20 +113,27 @@ def write_shards(
                     message = f"without {counted(lost, 'statement')} about images that were left out"
                     remarks.append(Remark(record=record.id, why="statements", packed=True, message=message))
                     record = record.model_copy(update={"statements": told})
+                awaited.extend((record.id, statement.other) for statement in told if statement.other not in seen)
                 yield record, image
 
         for first in (following := kept()):
             path = folder / f"{len(finished):06d}.tar"
             shard, counts = _write_shard(chain([first], following), path, samples_per_shard)
             read, source = len(digests), _together(digests)
-            finished.append(_Finished(shard=shard, read=read, source=source, counts=counts, remarks=[*remarks]))
+            about = {"remarks": [*remarks], "awaited": [*awaited]}
+            finished.append(_Finished(shard=shard, read=read, source=source, counts=counts, **about))
             journal.write(finished[-1].model_dump_json().encode() + b"\n")
             journal.flush()
             whole.update(b"".join(digests))
             digests.clear()
             remarks.clear()
+            awaited.clear()
         whole.update(b"".join(digests))
         remarks += [Remark(record=name, why="absent", packed=False, message="listed, but not there") for name in absent]
+        dangling = Counter(name for part in finished for name, other in part.awaited if other not in seen)
+        for name, count in dangling.items():
+            message = f"with {counted(count, 'statement')} about images that are not here"
+            remarks.append(Remark(record=name, why="statements", packed=True, message=message))
         return _conclude(folder, finished, remarks, description or {}, whole.hexdigest())
 
 
@@ -139,14 +151,14 @@ def _claimed(folder: Path) -> Iterator[BinaryIO]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / JOURNAL).open("a+b") as journal:
         try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+            lock(journal, folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"{folder}: another process is packing into this folder") from None
         if (folder / INDEX).exists():
-            (folder / JOURNAL).unlink()
+            (folder / JOURNAL).unlink(missing_ok=True)  # the other process may just have finished, and removed it
             raise FileExistsError(f"{folder / INDEX}: this folder is packed already")
-        for leftover in folder.glob(".*.unfinished"):
-            leftover.unlink()
+        for leftover in [*folder.glob(".*.unfinished"), folder / REMARKS]:
+            leftover.unlink(missing_ok=True)
         yield journal
 
 
