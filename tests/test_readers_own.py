@@ -13,7 +13,7 @@ from pycocotools import mask
 
 from xvlm.data.readers import coco_json, csv_table, json_lines
 from xvlm.data.readers.entries import listing
-from xvlm.data.records import Object, Record, Region
+from xvlm.data.records import Object, Record, Region, unchecked
 
 # ---------------------------------------------------------------------------------------------------------------------
 # COCO JSON
@@ -58,7 +58,6 @@ def test_coco_json(tmp_path, file, image):
 @pytest.mark.parametrize(
     ("annotation", "message"),
     [
-        ({"image_id": 1, "category_id": 0}, r"train\.json: annotations\.0: no caption and no bbox"),
         ({"image_id": 1, "category_id": 7, "bbox": [0, 0, 9, 9]}, "category_id 7 is not among the file's 1 categories"),
         ({"image_id": "1", "caption": "a"}, r"annotations\.0: image_id '1' is not among the images"),
         ({"image_id": 1, "caption": " "}, r"annotations\.0: caption is empty"),
@@ -111,6 +110,24 @@ def test_coco_json_keeps_outlines_or_says_that_it_does_not(tmp_path, caplog):
     assert "1 outlines were left out (masks keeps them)" in caplog.text
     ((record, _),) = coco_json.read(tmp_path, "train", masks=True)
     assert mask.area(record.objects[0].mask.model_dump()) == 30 * 40
+
+
+def test_coco_json_without_a_box_has_that_of_its_outline_or_is_left_out(tmp_path, caplog):
+    place(tmp_path, "a.jpg")
+    thing, polygon = {"image_id": 1, "category_id": 0}, [[10, 20, 40, 20, 40, 60, 10, 60]]
+    runs = {"size": [80, 100], "counts": [0, 8000]}
+    said = [thing | {"bbox": [], "segmentation": polygon}, thing | {"bbox": None, "segmentation": runs}]
+    said += [thing | {"bbox": []}, thing | {"bbox": None, "segmentation": []}, thing, {"image_id": 1, "caption": "a"}]
+    (tmp_path / "train.json").write_text(json.dumps(FILE | {"images": FILE["images"][:1], "annotations": said}))
+    ((record, _),) = coco_json.read(tmp_path, "train")
+    assert [one.box_xyxy for one in record.objects] == [(10, 20, 40, 60), (0, 0, 100, 80)]
+    assert record.captions == ["a"]
+    assert "annotations left out, without caption, bbox and outline: 3 (xvlm data check --reader lists" in caplog.text
+    errors = []
+    with unchecked(), listing(errors):
+        assert len(list(coco_json.read(tmp_path, "train"))) == 1
+    places = [str(error).partition("train.json: ")[2][:14] for error in errors]
+    assert places == ["annotations.2:", "annotations.3:", "annotations.4:"]
 
 
 def test_coco_json_of_turned_or_absent_images(tmp_path, caplog):
