@@ -190,14 +190,20 @@ def test_a_table_of_captions_needs_no_boxes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"columns: no image; no text; expected image, a box as one of left,top,right,bottom or xmin"),
+        ("", r"train\.csv: the file is empty$"),
+        ("\n", r"train\.csv: the file is empty$"),
+        ("split\n", r"no image; no text; expected image, a box as one of left,top,right,bottom or xmin"),
         ("file,text\na.jpg,a\n", r"columns: unknown file; no image; expected .*; found file,text$"),
         (
             "image,left,top,width,height,text\n",
             r"columns: unknown height, width; no right, bottom; expected image, a box",
         ),
         ("image,leftt,top,right,bottom,text\n", r"columns: unknown leftt; no left; expected"),
-        ("image;left;top;right;bottom;text\n", r"columns: one only, so no commas between them; "),
+        ("image\n", r"columns: one only, so no commas between them; "),
+        ("image;left;top;right;bottom;text\n", r"train\.csv: separated by ';'; save it as CSV with commas$"),
+        ("image\ttext\n", r"train\.csv: separated by tabs; save it as CSV with commas$"),
+        ('{"images": [],"a": 1}', r"train\.csv: this looks like JSON, not like a table; for the reader coco_json or"),
+        (f"image,{'x' * 999}\n", r"columns: unknown x{200}; no text; .*; found image,x{194}$"),
         ("image,left,top,right,bottom,x,y,width,height,text\n", r"columns: unknown height, width, x, y; expected"),
         ("image,text,text\n", r"columns: several of text; expected"),
         ("image,label\n", r"columns: label without a box; expected"),
@@ -221,6 +227,11 @@ def test_tables_that_are_wrong(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as raised:
         table(tmp_path, text)
     assert "\n" not in str(raised.value)
+
+
+def test_columns_may_be_in_capitals(tmp_path):
+    (record,) = table(tmp_path, "Image,X,Y,Width,Height,TEXT\na.jpg,10,20,30,40,a dog\n")
+    assert record.regions == [Region(box_xyxy=(10, 20, 40, 60), descriptions=["a dog"])]
 
 
 def test_a_table_may_hold_all_splits(tmp_path):
@@ -249,7 +260,7 @@ def test_several_tables_each_with_its_columns(tmp_path):
 def test_a_table_in_another_encoding_or_without_an_image(tmp_path, caplog):
     place(tmp_path, "a.jpg")
     (tmp_path / "train.csv").write_bytes("image,text\na.jpg,größer\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"train\.csv line 2: expected UTF-8, found the byte 0xf6"):
+    with pytest.raises(ValueError, match=r"line 2: expected UTF-8, found the byte 0xf6; save it as CSV UTF-8$"):
         list(csv_table.read(tmp_path, "train"))
     with pytest.raises(FileNotFoundError, match=r"c\.jpg: no such photograph, but .*/train\.csv line 2 lists it"):
         table(tmp_path, "image,text\nc.jpg,a\n")

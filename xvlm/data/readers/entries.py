@@ -283,7 +283,8 @@ def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
                 if row is None:
                     return
                 if escaped := _ESCAPED.search("".join(row)):
-                    raise ValueError(f"{where}: expected UTF-8, found the byte 0x{ord(escaped[0]) - 0xDC00:02x}")
+                    byte = ord(escaped[0]) - 0xDC00
+                    raise ValueError(f"{where}: expected UTF-8, found the byte 0x{byte:02x}; save it as CSV UTF-8")
                 if row:
                     yield where, [cell.strip() for cell in row]
 
