@@ -217,6 +217,8 @@ def test_a_table_of_captions_needs_no_boxes(tmp_path):
         ("image,x,y,width,height,text\na.jpg,nan,2,3,4,a\n", r"line 2: box \(nan, 2, nan, 6\)"),
         ("image,x,y,width,height,text\na.jpg,60,20,90,70,a\n", r"line 2: box \(60, 20, 150, 90\) as left"),
         ("image,left,top,right,bottom,text\na.jpg,60,20,30,40,a\n", r"line 2: box \(60, 20, 30, 40\) as left"),
+        ("image,left,top,right,bottom,text\na.jpg,60,20,30,40,a\n", "these look like width and height, of which the"),
+        ("image,left,top,right,bottom,text\na.jpg,60,20,50,40,a\n", r"out of it by 2% of its side at most$"),
         ("image,x,y,width,height,label\na.jpg,,,,,dog\n", r"line 2: label 'dog', but x,y,width,height are empty"),
         ("image,left,top,right,bottom,caption\na.jpg,1,2,30,40,a\n", r"line 2: a box, but text and label, which say"),
         ("image,text,attributes\na.jpg,a,brown\n", r"line 2: attributes 'brown', but label is empty or absent"),

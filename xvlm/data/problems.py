@@ -49,6 +49,7 @@ KINDS = {
 FORMATS = (*JPEG, "PNG", "WEBP")
 MODES = ("RGB", "L")
 TEXTS = ("captions", "descriptions", "attributes", "label", "text")
+LOOK_XYWH = "these look like width and height, of which the columns are x,y,width,height (in JSON lines: box_xywh)"
 SLIGHTLY = 0.02  # of the image's side: a box that sticks out by no more is cut off, one by more is not believed
 
 _TURNED = {2: "mirrored", 3: "by 180", 4: "flipped", 5: "transposed", 6: "by 90", 7: "transverse", 8: "by 270"}
@@ -231,8 +232,8 @@ def _box(place: Place, box: Any, size: tuple[int, int] | None) -> Iterator[Probl
         return
     degenerate = left >= right or top >= bottom
     out = max(-left / width, -top / height, right / width - 1, bottom / height - 1)  # by how much of the image
-    if (left > right or top > bottom) and _inside((left, top, left + right, top + bottom), size):
-        yield Problem("box-looks-xywh", place, f"expected right and bottom {of}, these look like width and height", box)
+    if looks_xywh(box, size):
+        yield Problem("box-looks-xywh", place, f"expected right and bottom {of}, {LOOK_XYWH}", box)
     elif out > SLIGHTLY and not degenerate and _inside((left, top, right - left, bottom - top), size):
         message = f"sticks out {of}; it would not had right and bottom been read as such, not as width and height"
         yield Problem("box-looks-xyxy", place, message, box)
@@ -242,6 +243,12 @@ def _box(place: Place, box: Any, size: tuple[int, int] | None) -> Iterator[Probl
         cut = [min(max(edge, 0), size[i % 2]) for i, edge in enumerate(box)]
         fix = "put" if out <= SLIGHTLY and _inside(cut, size) else "drop"
         yield Problem("box-outside", place, f"expected a box {of}", box, fix, cut if fix == "put" else None)
+
+
+def looks_xywh(box: Any, size: tuple[int, int]) -> bool:
+    """Whether a box that is none as ``xyxy`` is one inside the image (``size``: width, height) as ``xywh``."""
+    left, top, right, bottom = box
+    return (left > right or top > bottom) and _inside((left, top, left + right, top + bottom), size)
 
 
 def _inside(box: Any, size: tuple[int, int]) -> bool:

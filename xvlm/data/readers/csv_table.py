@@ -26,6 +26,7 @@ Boxes are in pixels of the stored image. The folder's name becomes the records' 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from xvlm.data.problems import LOOK_XYWH, looks_xywh
 from xvlm.data.readers.entries import entry, files_of, load_table, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
@@ -195,5 +196,11 @@ def _box(where: str, row: Row, columns: tuple[str, ...], found: Found) -> Box | 
         a, b, c, d = (float(cell) for cell in cells)
     except ValueError:
         raise ValueError(f"{where}: {','.join(columns)}: expected four numbers, found {','.join(cells)}") from None
-    box = corners((a, b, c, d)) if columns == CORNER_AND_SIZE else (a, b, c, d)
-    return found.nearly_inside(where, box)
+    if columns == CORNER_AND_SIZE:
+        return found.nearly_inside(where, corners((a, b, c, d)))
+    try:
+        return found.nearly_inside(where, (a, b, c, d))
+    except ValueError as error:
+        if looks_xywh((a, b, c, d), (found.width, found.height)):
+            raise ValueError(f"{error}; {LOOK_XYWH}") from None
+        raise
