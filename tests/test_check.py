@@ -510,6 +510,20 @@ def test_every_bad_box_of_a_table_is_told_though_its_reader_would_stop_at_the_fi
         ("regions.3.box_xyxy", "box-outside"),
         ("regions.4.box_xyxy", "box-looks-relative"),
     ]
+    assert [problem.where for problem in report.problems] == [f"{tmp_path}/train.csv line {i}" for i in (3, 4, 5, 6)]
+
+
+def test_a_problem_of_a_source_is_told_with_its_place_in_the_file(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(PHOTOGRAPH)
+    annotation = {"image_id": 1, "category_id": 1}
+    said = [{"image_id": 1, "caption": "."}, annotation | {"bbox": [9, 9, 5, 5]}, annotation | {"bbox": [9, 9, 0, 5]}]
+    file = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "a"}], "annotations": said}
+    (tmp_path / "train.json").write_text(json.dumps(file))
+    report = check.check(check.read(coco_json.read(tmp_path, "train"), str(tmp_path)))
+    assert {problem.kind: problem.where for problem in report.problems} == {
+        "text-empty": f"{tmp_path}/train.json: image 1",
+        "box-degenerate": f"{tmp_path}/train.json: annotations.2",
+    }
 
 
 def test_a_check_goes_on_behind_what_a_reader_cannot_read(tmp_path):

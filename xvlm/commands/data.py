@@ -103,7 +103,9 @@ def check(
     if fix is not None:
         typer.echo(f"{fix}: {counted(len(report.changes), 'change')}, listed in {fix / checking.CHANGES}")
     records, problems = counted(report.records, "record"), counted(len(report.problems), "problem")
-    typer.echo(f"{folder}: {records}, {problems}{' left' if fix else ''}")
+    part = f" of split {split}" if reader else ""
+    others = "; other splits were not looked at (--split)" if reader else ""
+    typer.echo(f"{folder}: {records}{part}, {problems}{' left' if fix else ''}{others}")
     raise typer.Exit(1 if report.problems else 0)
 
 

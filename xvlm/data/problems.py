@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from PIL import Image
@@ -68,12 +68,13 @@ Fix = Literal["put", "drop", "leave out", "reencode", "turn"]
 
 @dataclass(frozen=True)
 class Item:
-    """A record as it stands in a file, not validated, with its image."""
+    """A record as it stands in a file, not validated, with its image; ``origins``: of what is elsewhere in a source."""
 
     where: str
     record: str
     document: dict[str, Any]
     image: bytes
+    origins: dict[Place, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def problems_of(item: Item, max_words: int, *, boxes_turned: bool = False) -> tu
             found += _mask(place, value, size)
     found += _spans(item.document)
     found += _schema(item, {problem.place for problem in found})
-    return [replace(problem, where=item.where, record=item.record) for problem in found], picture
+    places = [item.origins.get(problem.place[:2], item.where) for problem in found]
+    return [replace(one, where=where, record=item.record) for one, where in zip(found, places, strict=True)], picture
 
 
 def boxes_of(document: dict[str, Any]) -> list[Any]:

@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, BeforeValidator
 
 from xvlm.data.readers.coco import Outline, bounds_of, mask_of
-from xvlm.data.readers.entries import Four, by_id, entry, files_of, load, numbered, part_of
+from xvlm.data.readers.entries import Four, Origins, by_id, entry, files_of, load, numbered, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
@@ -156,6 +156,7 @@ def _record(listed: list[Listed], found: Found, masks: bool, of: dict[str, str])
     captions: list[str] = []
     regions: list[Region] = []
     objects: list[Object] = []
+    origins: Origins = {}
     for where, annotation, labels in ((*said, one.labels) for one in listed for said in one.said):
         with entry(where):
             text = annotation.caption
@@ -174,16 +175,19 @@ def _record(listed: list[Listed], found: Found, masks: bool, of: dict[str, str])
             box = found.nearly_inside(where, box)
             mask = mask_of(where, annotation.segmentation, size) if masks else None
             if text is not None:
+                origins["regions", len(regions)] = where
                 regions.append(Region(box_xyxy=box, descriptions=[text.strip()], mask=mask))
             else:
                 given = annotation.attributes if isinstance(annotation.attributes, list) else []
                 words = [word for word in given if isinstance(word, str) and word.strip()]
+                origins["objects", len(objects)] = where
                 label = labels[annotation.category_id]
                 objects.append(Object(box_xyxy=box, label=label, attributes=words, mask=mask))
     picture = listed[0].picture
     return record(
         listed[0].where,
         found,
+        origins,
         captions=captions,
         regions=regions,
         objects=objects,

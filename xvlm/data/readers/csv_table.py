@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xvlm.data.problems import LOOK_XYWH, looks_xywh
-from xvlm.data.readers.entries import entry, files_of, load_table, part_of
+from xvlm.data.readers.entries import Origins, entry, files_of, load_table, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
@@ -155,6 +155,7 @@ def _record(name: str, rows: list[Said], found: Found, of: dict[str, str]) -> Re
     captions: list[str] = []
     regions: list[Region] = []
     objects: list[Object] = []
+    origins: Origins = {}
     for where, row, columns in rows:
         with entry(where):
             box = _box(where, row, columns, found)
@@ -171,13 +172,16 @@ def _record(name: str, rows: list[Said], found: Found, of: dict[str, str]) -> Re
             if text and box is None:
                 captions.append(text)
             elif text:
+                origins["regions", len(regions)] = where
                 regions.append(Region(box_xyxy=box, descriptions=[text]))
             if label:
+                origins["objects", len(objects)] = where
                 adjectives = [word.strip() for word in row.get("attributes", "").split(";") if word.strip()]
                 objects.append(Object(box_xyxy=box, label=label, attributes=adjectives))
     return record(
         rows[0][0],
         found,
+        origins,
         captions=list(dict.fromkeys(captions)),
         regions=regions,
         objects=objects,

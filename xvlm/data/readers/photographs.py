@@ -20,7 +20,7 @@ from urllib.request import urlopen
 from pydantic import ValidationError
 
 from xvlm.data.images import Undecodable, open_image
-from xvlm.data.readers.entries import NAMED, explained
+from xvlm.data.readers.entries import NAMED, Origins, explained, keep_origins
 from xvlm.data.records import Box, Record, is_unchecked
 
 Sample = tuple[Record, bytes]
@@ -233,12 +233,18 @@ def _fetched(url: str) -> bytes | None:
 # What is said
 
 
-def record(where: str, found: Found, **said: Any) -> Record:
-    """The record of a photograph. Raises ValueError that says where and which field is wrong."""
+def record(where: str, found: Found, origins: Origins | None = None, **said: Any) -> Record:
+    """The record of a photograph. Raises ValueError that says where and which field is wrong.
+
+    Args:
+        origins: where values are that are elsewhere.
+    """
     try:
-        return Record(width=found.width, height=found.height, **said)
+        made = Record(width=found.width, height=found.height, **said)
     except ValidationError as error:
         raise explained(where, error) from None
+    keep_origins(made.id, {(): where} | (origins or {}))
+    return made
 
 
 def identifier(name: str) -> str:
