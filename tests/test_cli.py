@@ -207,6 +207,18 @@ def test_a_source_is_checked_before_it_is_packed(tmp_path):
     assert Shards(fix).read(0)[0].captions == []
 
 
+def test_packing_photographs_that_exif_turns_says_what_to_do_about_their_boxes(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "train.csv").write_text("image,left,top,right,bottom,text\na.jpg,1,2,20,20,a dog\n")
+    out = tmp_path / "shards"
+    told, what_to_do, _ = lines_of("data", "pack", "csv_table", out, "--folder", tmp_path, "--workers", 0)
+    assert told.startswith("rotated: 1 packed all the same")
+    assert f"xvlm data show {out}/train" in what_to_do
+    assert f"xvlm data check {out}/train --boxes-turned --fix" in what_to_do
+
+
 def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_path):
     phrases, drawn = ["the small red disc", "a star"], tmp_path / "drawn.png"
     *found, written = lines_of("ground", picture, *phrases, "--model", folder, "--out", drawn)

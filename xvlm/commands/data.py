@@ -49,6 +49,11 @@ def pack(
     for (why, kept), count in said.items():
         outcome = "packed without some" if why == "statements" else "packed all the same" if kept else "left out"
         typer.echo(f"{why}: {count} {outcome}, listed in {out / split / REMARKS}")
+        if why == "rotated":
+            typer.echo(
+                f"look whether their boxes are right: xvlm data show {out / split}; where they are of the turned "
+                f"pictures: xvlm data check {out / split} --boxes-turned --fix FOLDER"
+            )
     if config.avoid and not any(why == "leak" for why, _ in said):
         typer.echo("leak: 0")
     done = ", packed already: nothing was done" if before else ""

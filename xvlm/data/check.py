@@ -163,7 +163,10 @@ def check(
         for _ in seen:
             pass
     else:
-        write_shards(seen, fix, description={"fixed": True}, progress=False)
+        if (first := next(seen, None)) is None:
+            said = chain(map(str, report.problems), *(change["because"] for change in report.changes))
+            raise ValueError(f"{fix}: there is no record to pack: {next(said, 'none was found')}")
+        write_shards(chain([first], seen), fix, description={"fixed": True}, progress=False)
         hub.write_atomically(fix / CHANGES, "".join(json.dumps(change) + "\n" for change in report.changes))
     report.problems = [problem for problem in report.problems if problem.kind not in ignore]
     return report

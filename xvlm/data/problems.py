@@ -112,10 +112,11 @@ def problems_of(item: Item, max_words: int, *, boxes_turned: bool = False) -> tu
             pixels.
     """
     found, picture, size = _image(item.image, item.document, boxes_turned)
+    stored = picture.size if boxes_turned and picture is not None else None
     for place, value in _values(item.document):
         name = next((part for part in reversed(place) if isinstance(part, str)), "")
         if _is_box(place, value):
-            found += _box(place, value, size)
+            found += _box(place, value, size, stored)
         elif name in TEXTS and isinstance(value, str):
             found += _text(place, value, max_words, item.document)
         elif place[-2:-1] == ("answers",):
@@ -207,7 +208,10 @@ def _rotated(document: dict[str, Any], turned: int, boxes_turned: bool) -> Probl
         message = f"{how}, and the record's size or boxes are of the turned picture, not of the stored pixels"
         return Problem("image-rotated", ("image",), message, turned, "turn")
     if boxes_of(document):
-        message = f"{how}; boxes have to be of the stored pixels, look whether these are"
+        message = (
+            f"{how}; boxes have to be of the stored pixels: xvlm data show draws whether these are, and if they are of "
+            "the turned picture, xvlm data check ... --boxes-turned --fix FOLDER turns it"
+        )
         return Problem("image-rotated", ("image",), message, turned)
     return Problem("image-rotated", ("image",), f"{how}; training sees the stored pixels", turned, "turn")
 
@@ -216,7 +220,10 @@ def _rotated(document: dict[str, Any], turned: int, boxes_turned: bool) -> Probl
 # Boxes, masks, spans
 
 
-def _box(place: Place, box: Any, size: tuple[int, int] | None) -> Iterator[Problem]:
+def _box(
+    place: Place, box: Any, size: tuple[int, int] | None, stored: tuple[int, int] | None = None
+) -> Iterator[Problem]:
+    """What is wrong with a box in a picture of ``size``; ``stored``: in the file, where EXIF may turn it."""
     numbers = isinstance(box, (list, tuple)) and [
         edge for edge in box if isinstance(edge, (int, float)) and math.isfinite(edge)
     ]
@@ -234,7 +241,10 @@ def _box(place: Place, box: Any, size: tuple[int, int] | None) -> Iterator[Probl
         return
     degenerate = left >= right or top >= bottom
     out = max(-left / width, -top / height, right / width - 1, bottom / height - 1)  # by how much of the image
-    if looks_xywh(box, size):
+    if stored is not None and _inside(box, stored):
+        message = f"expected a box {of} as EXIF turns it, this is one in the stored {stored[0]}x{stored[1]} pixels"
+        yield Problem("box-outside", place, f"{message}; perhaps --boxes-turned is wrong here", box)
+    elif looks_xywh(box, size):
         yield Problem("box-looks-xywh", place, f"expected right and bottom {of}, {LOOK_XYWH}", box)
     elif out > SLIGHTLY and not degenerate and _inside((left, top, right - left, bottom - top), size):
         message = f"sticks out {of}; it would not had right and bottom been read as such, not as width and height"
