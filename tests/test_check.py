@@ -346,6 +346,26 @@ def test_boxes_of_turned_pictures_are_put_right_where_one_says_that_they_are(ori
     assert right.objects[0].box_xyxy == (0, 0, width, height)
 
 
+def test_boxes_of_the_stored_pixels_are_told_where_one_says_that_they_are_turned():
+    record = document(objects=[{"box_xyxy": [60, 10, 118, 60], "label": "girl"}])
+    problems, _ = problems_of(Item("f", "r", record, turned(6)), 40, boxes_turned=True)
+    [(kind, fix, message)] = [(each.kind, each.fix, each.message) for each in problems if each.place[0] == "objects"]
+    assert (kind, fix) == ("box-outside", None)
+    assert "in the stored 120x80 pixels; perhaps --boxes-turned is wrong here" in message
+    (problem,) = problems_of(Item("f", "r", record, turned(6)), 40)[0]
+    assert "xvlm data show draws" in problem.message and "--boxes-turned --fix FOLDER" in problem.message
+
+
+def test_fixing_what_has_no_record_says_what_the_first_problem_is(tmp_path):
+    (tmp_path / "train.csv").write_text("image,text\na.jpg,x\n")
+    (tmp_path / "b.csv").write_text("image,text\nb.jpg,x\n")
+    (tmp_path / "b.jpg").write_bytes(b"none")
+    for file, reason in (("train.csv", r"a\.jpg: no such photograph"), ("b.csv", r"image cannot be decoded")):
+        items = check.read(csv_table.read(tmp_path, "train", files=[tmp_path / file]), str(tmp_path))
+        with pytest.raises(ValueError, match=rf"fixed: there is no record to pack: .*{reason}"):
+            check.check(items, fix=tmp_path / "fixed")
+
+
 def test_the_size_of_a_square_says_nothing_about_its_boxes():
     square = turned(6, (WIDTH, WIDTH))
     problems, _ = problems_of(Item("f", "r", document(height=WIDTH), square), 40)
@@ -510,6 +530,20 @@ def test_every_bad_box_of_a_table_is_told_though_its_reader_would_stop_at_the_fi
         ("regions.3.box_xyxy", "box-outside"),
         ("regions.4.box_xyxy", "box-looks-relative"),
     ]
+    assert [problem.where for problem in report.problems] == [f"{tmp_path}/train.csv line {i}" for i in (3, 4, 5, 6)]
+
+
+def test_a_problem_of_a_source_is_told_with_its_place_in_the_file(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(PHOTOGRAPH)
+    annotation = {"image_id": 1, "category_id": 1}
+    said = [{"image_id": 1, "caption": "."}, annotation | {"bbox": [9, 9, 5, 5]}, annotation | {"bbox": [9, 9, 0, 5]}]
+    file = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "a"}], "annotations": said}
+    (tmp_path / "train.json").write_text(json.dumps(file))
+    report = check.check(check.read(coco_json.read(tmp_path, "train"), str(tmp_path)))
+    assert {problem.kind: problem.where for problem in report.problems} == {
+        "text-empty": f"{tmp_path}/train.json: image 1",
+        "box-degenerate": f"{tmp_path}/train.json: annotations.2",
+    }
 
 
 def test_a_check_goes_on_behind_what_a_reader_cannot_read(tmp_path):

@@ -68,7 +68,7 @@ def test_annotations_of_any_name_and_images_elsewhere(monkeypatch, tmp_path):
     exported.write_text(json.dumps(file))
     where = ("--file", exported, "--images", tmp_path / "photos", "--workers", 0)
     checked = lines_of("data", "check", tmp_path, "--reader", "coco_json", *where)
-    assert checked == [f"{tmp_path}: 1 record, 0 problems"]
+    assert checked == [f"{tmp_path}: 1 record of split val, 0 problems; other splits were not looked at (--split)"]
     out = tmp_path / "shards"
     assert lines_of("data", "pack", "coco_json", out, "--split", "val", *where) == [f"{out / 'val'}: 1 record"]
     assert "files: coco reads a folder" in error_of(monkeypatch, "data", "pack", "coco", out, *where)
@@ -203,8 +203,20 @@ def test_a_source_is_checked_before_it_is_packed(tmp_path):
     fix = str(tmp_path / "fixed")
     ran = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--reader", "coco", "--workers", "0", "--fix", fix])
     assert ran.exit_code == 0
-    assert ran.stdout.endswith(f"{tmp_path}: 1 record, 0 problems left\n")
+    assert f"{tmp_path}: 1 record of split train, 0 problems left" in ran.stdout
     assert Shards(fix).read(0)[0].captions == []
+
+
+def test_packing_photographs_that_exif_turns_says_what_to_do_about_their_boxes(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "train.csv").write_text("image,left,top,right,bottom,text\na.jpg,1,2,20,20,a dog\n")
+    out = tmp_path / "shards"
+    told, what_to_do, _ = lines_of("data", "pack", "csv_table", out, "--folder", tmp_path, "--workers", 0)
+    assert told.startswith("rotated: 1 packed all the same")
+    assert f"xvlm data show {out}/train" in what_to_do
+    assert f"xvlm data check {out}/train --boxes-turned --fix" in what_to_do
 
 
 def test_ground_prints_a_line_for_each_phrase_and_draws(folder, picture, tmp_path):

@@ -528,8 +528,8 @@ def test_one_file_of_ones_own_is_trained_on_with_every_tenth_image_held_out(scri
     out, file = tmp_path / "run", own_files(tmp_path / "mine", ending)
     scripts[0].main([str(ROOT / f"configs/finetune/{task}.yaml"), f"data.train={file}", f"out={out}", *OWN])
     train, val = (Shards(out / "shards" / split) for split in ("train", "val"))
-    assert [val.key(i) for i in range(len(val))] == ["pictures_0", "pictures_10"]
-    assert [train.key(i) for i in range(len(train))] == [f"pictures_{i}" for i in range(1, 10)]
+    assert [val.key(i) for i in range(len(val))] == ["pictures_0_png", "pictures_10_png"]
+    assert [train.key(i) for i in range(len(train))] == [f"pictures_{i}_png" for i in range(1, 10)]
     result = json.loads((out / "results-val.json").read_text())
     assert result["examples"] in (2, 4) and result["numbers"]  # retrieval asks for images and for texts
     assert 0 < result["parameters that learn"] <= result["parameters"]

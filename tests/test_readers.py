@@ -19,7 +19,7 @@ from photographs import jpeg, place
 
 from xvlm.data import readers
 from xvlm.data.pack import OF_FILES, CorpusConfig, Reader, read
-from xvlm.data.readers import photographs
+from xvlm.data.readers import csv_table, photographs
 from xvlm.data.readers.photographs import Found, Photographs
 from xvlm.data.records import unchecked
 
@@ -173,11 +173,15 @@ def test_known_photographs_of_coco_and_flickr():
 
 def test_ids_are_made_of_paths():
     assert photographs.identifier("val2014/a.b.jpg") == "val2014_a_b"
+    assert photographs.identifier("photos/a.png") == "photos_a_png"
+    assert photographs.identifier("_a.JPG") == "_a_JPG"
     assert photographs.identifier("/data/../x.jpg") == "data_x"
     assert photographs.identifier("plain") == "plain"
     assert photographs.identifier("v1.2/plain") == "v1_2_plain"
-    assert photographs.identifier("http://host:8765/a") == "http_host_8765_a"
-    assert photographs.identifier("https://x.com/img?id=1") == "https_x_com_img_id=1"
+    urls = ["http://host:8765/a.jpg", "http://host/8765/a.jpg", "https://x.com/img?id=1", "https://x.com/img/id=1"]
+    ids = [photographs.identifier(url) for url in urls]
+    assert re.fullmatch("http_host_8765_a_[0-9a-f]{8}", ids[0])
+    assert len(set(ids)) == 4
 
 
 @pytest.mark.parametrize(
@@ -207,8 +211,14 @@ def test_images_that_differ_in_little_have_different_ids_and_the_same_image_one(
     (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
     first, second = (record for record, _ in import_module(f"xvlm.data.readers.{reader}").read(tmp_path, "train"))
     assert (first.id, first.captions) == ("a", ["one", "three"])
-    assert re.fullmatch(r"a_[0-9a-f]{8}", second.id)
-    assert second.captions == ["two"]
+    assert (second.id, second.captions) == ("a_png", ["two"])
+
+
+def test_an_id_does_not_depend_on_the_rows_before_it_and_no_two_images_share_one(tmp_path):
+    place(tmp_path, "a.b.jpg", "a_b.jpg")
+    (tmp_path / "train.csv").write_text("image,text\na_b.jpg,one\na.b.jpg,two\n")
+    with pytest.raises(ValueError, match=r": a\.b\.jpg: its id would be 'a_b', as that of a_b\.jpg; rename one"):
+        list(csv_table.read(tmp_path, "train"))
 
 
 edge = st.floats(-50, 150)

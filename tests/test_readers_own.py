@@ -13,7 +13,7 @@ from pycocotools import mask
 
 from xvlm.data.readers import coco_json, csv_table, json_lines
 from xvlm.data.readers.entries import listing
-from xvlm.data.records import Object, Record, Region
+from xvlm.data.records import Object, Record, Region, unchecked
 
 # ---------------------------------------------------------------------------------------------------------------------
 # COCO JSON
@@ -58,7 +58,6 @@ def test_coco_json(tmp_path, file, image):
 @pytest.mark.parametrize(
     ("annotation", "message"),
     [
-        ({"image_id": 1, "category_id": 0}, r"train\.json: annotations\.0: no caption and no bbox"),
         ({"image_id": 1, "category_id": 7, "bbox": [0, 0, 9, 9]}, "category_id 7 is not among the file's 1 categories"),
         ({"image_id": "1", "caption": "a"}, r"annotations\.0: image_id '1' is not among the images"),
         ({"image_id": 1, "caption": " "}, r"annotations\.0: caption is empty"),
@@ -111,6 +110,24 @@ def test_coco_json_keeps_outlines_or_says_that_it_does_not(tmp_path, caplog):
     assert "1 outlines were left out (masks keeps them)" in caplog.text
     ((record, _),) = coco_json.read(tmp_path, "train", masks=True)
     assert mask.area(record.objects[0].mask.model_dump()) == 30 * 40
+
+
+def test_coco_json_without_a_box_has_that_of_its_outline_or_is_left_out(tmp_path, caplog):
+    place(tmp_path, "a.jpg")
+    thing, polygon = {"image_id": 1, "category_id": 0}, [[10, 20, 40, 20, 40, 60, 10, 60]]
+    runs = {"size": [80, 100], "counts": [0, 8000]}
+    said = [thing | {"bbox": [], "segmentation": polygon}, thing | {"bbox": None, "segmentation": runs}]
+    said += [thing | {"bbox": []}, thing | {"bbox": None, "segmentation": []}, thing, {"image_id": 1, "caption": "a"}]
+    (tmp_path / "train.json").write_text(json.dumps(FILE | {"images": FILE["images"][:1], "annotations": said}))
+    ((record, _),) = coco_json.read(tmp_path, "train")
+    assert [one.box_xyxy for one in record.objects] == [(10, 20, 40, 60), (0, 0, 100, 80)]
+    assert record.captions == ["a"]
+    assert "annotations left out, without caption, bbox and outline: 3 (xvlm data check --reader lists" in caplog.text
+    errors = []
+    with unchecked(), listing(errors):
+        assert len(list(coco_json.read(tmp_path, "train"))) == 1
+    places = [str(error).partition("train.json: ")[2][:14] for error in errors]
+    assert places == ["annotations.2:", "annotations.3:", "annotations.4:"]
 
 
 def test_coco_json_of_turned_or_absent_images(tmp_path, caplog):
@@ -173,14 +190,20 @@ def test_a_table_of_captions_needs_no_boxes(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"columns: no image; no text; expected image, a box as one of left,top,right,bottom or xmin"),
+        ("", r"train\.csv: the file is empty$"),
+        ("\n", r"train\.csv: the file is empty$"),
+        ("split\n", r"no image; no text; expected image, a box as one of left,top,right,bottom or xmin"),
         ("file,text\na.jpg,a\n", r"columns: unknown file; no image; expected .*; found file,text$"),
         (
             "image,left,top,width,height,text\n",
             r"columns: unknown height, width; no right, bottom; expected image, a box",
         ),
         ("image,leftt,top,right,bottom,text\n", r"columns: unknown leftt; no left; expected"),
-        ("image;left;top;right;bottom;text\n", r"columns: one only, so no commas between them; "),
+        ("image\n", r"columns: one only, so no commas between them; "),
+        ("image;left;top;right;bottom;text\n", r"train\.csv: separated by ';'; save it as CSV with commas$"),
+        ("image\ttext\n", r"train\.csv: separated by tabs; save it as CSV with commas$"),
+        ('{"images": [],"a": 1}', r"train\.csv: this looks like JSON, not like a table; for the reader coco_json or"),
+        (f"image,{'x' * 999}\n", r"columns: unknown x{200}; no text; .*; found image,x{194}$"),
         ("image,left,top,right,bottom,x,y,width,height,text\n", r"columns: unknown height, width, x, y; expected"),
         ("image,text,text\n", r"columns: several of text; expected"),
         ("image,label\n", r"columns: label without a box; expected"),
@@ -194,6 +217,8 @@ def test_a_table_of_captions_needs_no_boxes(tmp_path):
         ("image,x,y,width,height,text\na.jpg,nan,2,3,4,a\n", r"line 2: box \(nan, 2, nan, 6\)"),
         ("image,x,y,width,height,text\na.jpg,60,20,90,70,a\n", r"line 2: box \(60, 20, 150, 90\) as left"),
         ("image,left,top,right,bottom,text\na.jpg,60,20,30,40,a\n", r"line 2: box \(60, 20, 30, 40\) as left"),
+        ("image,left,top,right,bottom,text\na.jpg,60,20,30,40,a\n", "these look like width and height, of which the"),
+        ("image,left,top,right,bottom,text\na.jpg,60,20,50,40,a\n", r"out of it by 2% of its side at most$"),
         ("image,x,y,width,height,label\na.jpg,,,,,dog\n", r"line 2: label 'dog', but x,y,width,height are empty"),
         ("image,left,top,right,bottom,caption\na.jpg,1,2,30,40,a\n", r"line 2: a box, but text and label, which say"),
         ("image,text,attributes\na.jpg,a,brown\n", r"line 2: attributes 'brown', but label is empty or absent"),
@@ -204,6 +229,11 @@ def test_tables_that_are_wrong(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as raised:
         table(tmp_path, text)
     assert "\n" not in str(raised.value)
+
+
+def test_columns_may_be_in_capitals(tmp_path):
+    (record,) = table(tmp_path, "Image,X,Y,Width,Height,TEXT\na.jpg,10,20,30,40,a dog\n")
+    assert record.regions == [Region(box_xyxy=(10, 20, 40, 60), descriptions=["a dog"])]
 
 
 def test_a_table_may_hold_all_splits(tmp_path):
@@ -232,7 +262,7 @@ def test_several_tables_each_with_its_columns(tmp_path):
 def test_a_table_in_another_encoding_or_without_an_image(tmp_path, caplog):
     place(tmp_path, "a.jpg")
     (tmp_path / "train.csv").write_bytes("image,text\na.jpg,größer\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"train\.csv line 2: expected UTF-8, found the byte 0xf6"):
+    with pytest.raises(ValueError, match=r"line 2: expected UTF-8, found the byte 0xf6; save it as CSV UTF-8$"):
         list(csv_table.read(tmp_path, "train"))
     with pytest.raises(FileNotFoundError, match=r"c\.jpg: no such photograph, but .*/train\.csv line 2 lists it"):
         table(tmp_path, "image,text\nc.jpg,a\n")

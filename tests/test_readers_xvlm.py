@@ -114,15 +114,15 @@ def test_questions_have_the_weights_of_the_reference(tmp_path):
 
 def test_pairs_become_statements_of_the_left_image(tmp_path):
     right, left = read(tmp_path, {"images": ["l.png", "r.png"], "sentence": "two dogs", "label": "True"})
-    assert (right.id, right.statements) == ("r", [])
-    assert left.statements == [Statement(text="two dogs", other="r", label=True)]
+    assert (right.id, right.statements) == ("r_png", [])
+    assert left.statements == [Statement(text="two dogs", other="r_png", label=True)]
     (tmp_path / "l.jpg").write_bytes(jpeg(9, 9))
     pair = {"images": ["l.png", "l.jpg"], "sentence": "two dogs", "label": "False"}
     right, left = read(tmp_path, pair)
     assert left.statements[0].other == right.id != left.id
     alone = {"images": ["l.png", "gone.png"], "sentence": "two dogs", "label": "True"}
     (left,) = read(tmp_path, alone, allow_missing=True)
-    assert (left.id, left.statements) == ("l", [])
+    assert (left.id, left.statements) == ("l_png", [])
 
 
 def test_expressions_with_boxes_and_without(tmp_path):

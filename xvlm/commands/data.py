@@ -51,6 +51,11 @@ def pack(
         if why == "statements":
             outcome = "about images that are not packed"
         typer.echo(f"{why}: {count} {outcome}, listed in {out / split / REMARKS}")
+        if why == "rotated":
+            typer.echo(
+                f"look whether their boxes are right: xvlm data show {out / split}; where they are of the turned "
+                f"pictures: xvlm data check {out / split} --boxes-turned --fix FOLDER"
+            )
     if config.avoid and not any(why == "leak" for why, _ in said):
         typer.echo("leak: 0")
     done = ", packed already: nothing was done" if before else ""
@@ -105,7 +110,9 @@ def check(
     if fix is not None:
         typer.echo(f"{fix}: {counted(len(report.changes), 'change')}, listed in {fix / checking.CHANGES}")
     records, problems = counted(report.records, "record"), counted(len(report.problems), "problem")
-    typer.echo(f"{folder}: {records}, {problems}{' left' if fix else ''}")
+    part = f" of split {split}" if reader else ""
+    others = "; other splits were not looked at (--split)" if reader else ""
+    typer.echo(f"{folder}: {records}{part}, {problems}{' left' if fix else ''}{others}")
     raise typer.Exit(1 if report.problems else 0)
 
 

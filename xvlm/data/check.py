@@ -21,7 +21,7 @@ from xvlm.data.images import Undecodable
 from xvlm.data.leaks import Look, Looks, look_at
 from xvlm.data.parallel import ordered_map
 from xvlm.data.problems import KINDS, Item, Problem, boxes_of, others_of, problems_of, put_right, unreadable
-from xvlm.data.readers.entries import listing
+from xvlm.data.readers.entries import Origins, listing
 from xvlm.data.records import Record, unchecked
 from xvlm.data.shards import INDEX, Shard, captioned, read_index
 from xvlm.data.writing import write_shards
@@ -106,10 +106,11 @@ def read(samples: Iterable[tuple[Record, bytes]], where: str) -> Iterator[Item |
         where: the folder it reads, for messages.
     """
     samples, errors = iter(samples), []
+    origins: dict[str, Origins] = {}
     while True:
         stopped, sample = None, None
         try:
-            with unchecked(), listing(errors):
+            with unchecked(), listing(errors, origins):
                 sample = next(samples, None)
         except (ValueError, OSError) as error:
             stopped = Problem("reader", (), f"{error}; what follows was not looked at", where=where)
@@ -122,7 +123,8 @@ def read(samples: Iterable[tuple[Record, bytes]], where: str) -> Iterator[Item |
         if sample is None:
             return
         record, image = sample
-        yield Item(where, record.id, record.model_dump(mode="json", exclude_defaults=True), image)
+        of = origins.pop(record.id, {})
+        yield Item(of.get((), where), record.id, record.model_dump(mode="json", exclude_defaults=True), image, of)
 
 
 def check(
@@ -161,7 +163,10 @@ def check(
         for _ in seen:
             pass
     else:
-        write_shards(seen, fix, description={"fixed": True}, progress=False)
+        if (first := next(seen, None)) is None:
+            said = chain(map(str, report.problems), *(change["because"] for change in report.changes))
+            raise ValueError(f"{fix}: there is no record to pack: {next(said, 'none was found')}")
+        write_shards(chain([first], seen), fix, description={"fixed": True}, progress=False)
         hub.write_atomically(fix / CHANGES, "".join(json.dumps(change) + "\n" for change in report.changes))
     report.problems = [problem for problem in report.problems if problem.kind not in ignore]
     return report

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from PIL import Image
@@ -49,6 +49,7 @@ KINDS = {
 FORMATS = (*JPEG, "PNG", "WEBP")
 MODES = ("RGB", "L")
 TEXTS = ("captions", "descriptions", "attributes", "label", "text")
+LOOK_XYWH = "these look like width and height, of which the columns are x,y,width,height (in JSON lines: box_xywh)"
 SLIGHTLY = 0.02  # of the image's side: a box that sticks out by no more is cut off, one by more is not believed
 
 _TURNED = {2: "mirrored", 3: "by 180", 4: "flipped", 5: "transposed", 6: "by 90", 7: "transverse", 8: "by 270"}
@@ -67,12 +68,13 @@ Fix = Literal["put", "drop", "leave out", "reencode", "turn"]
 
 @dataclass(frozen=True)
 class Item:
-    """A record as it stands in a file, not validated, with its image."""
+    """A record as it stands in a file, not validated, with its image; ``origins``: of what is elsewhere in a source."""
 
     where: str
     record: str
     document: dict[str, Any]
     image: bytes
+    origins: dict[Place, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ def problems_of(item: Item, max_words: int, *, boxes_turned: bool = False) -> tu
             pixels.
     """
     found, picture, size = _image(item.image, item.document, boxes_turned)
+    stored = picture.size if boxes_turned and picture is not None else None
     for place, value in _values(item.document):
         name = next((part for part in reversed(place) if isinstance(part, str)), "")
         if _is_box(place, value):
-            found += _box(place, value, size)
+            found += _box(place, value, size, stored)
         elif name in TEXTS and isinstance(value, str):
             found += _text(place, value, max_words, item.document)
         elif place[-2:-1] == ("answers",):
@@ -122,7 +125,8 @@ def problems_of(item: Item, max_words: int, *, boxes_turned: bool = False) -> tu
             found += _mask(place, value, size)
     found += _spans(item.document)
     found += _schema(item, {problem.place for problem in found})
-    return [replace(problem, where=item.where, record=item.record) for problem in found], picture
+    places = [item.origins.get(problem.place[:2], item.where) for problem in found]
+    return [replace(one, where=where, record=item.record) for one, where in zip(found, places, strict=True)], picture
 
 
 def boxes_of(document: dict[str, Any]) -> list[Any]:
@@ -204,7 +208,10 @@ def _rotated(document: dict[str, Any], turned: int, boxes_turned: bool) -> Probl
         message = f"{how}, and the record's size or boxes are of the turned picture, not of the stored pixels"
         return Problem("image-rotated", ("image",), message, turned, "turn")
     if boxes_of(document):
-        message = f"{how}; boxes have to be of the stored pixels, look whether these are"
+        message = (
+            f"{how}; boxes have to be of the stored pixels: xvlm data show draws whether these are, and if they are of "
+            "the turned picture, xvlm data check ... --boxes-turned --fix FOLDER turns it"
+        )
         return Problem("image-rotated", ("image",), message, turned)
     return Problem("image-rotated", ("image",), f"{how}; training sees the stored pixels", turned, "turn")
 
@@ -213,7 +220,10 @@ def _rotated(document: dict[str, Any], turned: int, boxes_turned: bool) -> Probl
 # Boxes, masks, spans
 
 
-def _box(place: Place, box: Any, size: tuple[int, int] | None) -> Iterator[Problem]:
+def _box(
+    place: Place, box: Any, size: tuple[int, int] | None, stored: tuple[int, int] | None = None
+) -> Iterator[Problem]:
+    """What is wrong with a box in a picture of ``size``; ``stored``: in the file, where EXIF may turn it."""
     numbers = isinstance(box, (list, tuple)) and [
         edge for edge in box if isinstance(edge, (int, float)) and math.isfinite(edge)
     ]
@@ -231,8 +241,11 @@ def _box(place: Place, box: Any, size: tuple[int, int] | None) -> Iterator[Probl
         return
     degenerate = left >= right or top >= bottom
     out = max(-left / width, -top / height, right / width - 1, bottom / height - 1)  # by how much of the image
-    if (left > right or top > bottom) and _inside((left, top, left + right, top + bottom), size):
-        yield Problem("box-looks-xywh", place, f"expected right and bottom {of}, these look like width and height", box)
+    if stored is not None and _inside(box, stored):
+        message = f"expected a box {of} as EXIF turns it, this is one in the stored {stored[0]}x{stored[1]} pixels"
+        yield Problem("box-outside", place, f"{message}; perhaps --boxes-turned is wrong here", box)
+    elif looks_xywh(box, size):
+        yield Problem("box-looks-xywh", place, f"expected right and bottom {of}, {LOOK_XYWH}", box)
     elif out > SLIGHTLY and not degenerate and _inside((left, top, right - left, bottom - top), size):
         message = f"sticks out {of}; it would not had right and bottom been read as such, not as width and height"
         yield Problem("box-looks-xyxy", place, message, box)
@@ -242,6 +255,12 @@ def _box(place: Place, box: Any, size: tuple[int, int] | None) -> Iterator[Probl
         cut = [min(max(edge, 0), size[i % 2]) for i, edge in enumerate(box)]
         fix = "put" if out <= SLIGHTLY and _inside(cut, size) else "drop"
         yield Problem("box-outside", place, f"expected a box {of}", box, fix, cut if fix == "put" else None)
+
+
+def looks_xywh(box: Any, size: tuple[int, int]) -> bool:
+    """Whether a box that is none as ``xyxy`` is one inside the image (``size``: width, height) as ``xywh``."""
+    left, top, right, bottom = box
+    return (left > right or top > bottom) and _inside((left, top, left + right, top + bottom), size)
 
 
 def _inside(box: Any, size: tuple[int, int]) -> bool:

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from xvlm.data.readers.entries import Four, Number, by_id, entry, load
 from xvlm.data.readers.photographs import AllowMissing, Found, Photographs, Sample, corners, known_as, record
-from xvlm.data.records import RLE, Object, is_mask
+from xvlm.data.records import RLE, Box, Object, is_mask
 
 SOURCE = "coco"
 
@@ -254,6 +254,17 @@ def mask_of(where: str, shapes: Outline, size: tuple[int, int]) -> RLE | None:
             packed = isinstance(runs.counts, str)
             encoded.append(runs.model_dump() if packed else coco_mask.frPyObjects(runs.model_dump(), height, width))
     return united(encoded, (height, width))
+
+
+def bounds_of(where: str, shapes: Outline, size: tuple[int, int]) -> Box | None:
+    """The box around what outlines something, ``xyxy``; None where nothing has an area. Raises as :func:`mask_of`."""
+    from pycocotools import mask as coco_mask
+
+    outline = mask_of(where, shapes, size)
+    if outline is None:
+        return None
+    x, y, w, h = coco_mask.toBbox(outline.model_dump()).tolist()
+    return corners((x, y, w, h)) if w and h else None
 
 
 def _check_polygon(where: str, polygon: list[float], width: int, height: int) -> None:

@@ -23,8 +23,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator
 
-from xvlm.data.readers.coco import Outline, mask_of
-from xvlm.data.readers.entries import Four, by_id, entry, files_of, load, numbered, part_of
+from xvlm.data.readers.coco import Outline, bounds_of, mask_of
+from xvlm.data.readers.entries import Four, Origins, by_id, entry, files_of, load, numbered, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
@@ -35,9 +35,11 @@ from xvlm.data.readers.photographs import (
     record,
     tidy,
 )
-from xvlm.data.records import Object, Record, Region
+from xvlm.data.records import Object, Record, Region, is_unchecked
 
 Id = int | str
+
+UNPLACED = "annotations left out, without caption, bbox and outline"
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +92,8 @@ def read(
     """Records and image bytes, as stored, in the order in which the files list the images; those of one name are one.
 
     An annotation with a box and a caption becomes a region, whatever its category; with a box and a category an object
-    (its ``attributes``, if a list of words, too); with a caption alone a caption. Boxes are cut off at the border of
-    the image.
+    (its ``attributes``, if a list of words, too); with a caption alone a caption. An object without a box has the one
+    around its outline, and without that is left out. Boxes are cut off at the border of the image.
 
     Args:
         folder: see the module's docstring for the files in it.
@@ -145,8 +147,6 @@ def _listed(path: Path) -> Iterator[Listed]:
                     f"{where}: no caption, and category_id {annotation.category_id!r} is not among the file's "
                     f"{len(labels)} categories"
                 )
-            if annotation.caption is None and annotation.bbox is None:
-                raise ValueError(f"{where}: no caption and no bbox")
             said[annotation.image_id].append((where, annotation))
     for picture in pictures.values():
         yield Listed(f"{path}: image {picture.id!r}", picture, said[picture.id], labels)
@@ -156,27 +156,38 @@ def _record(listed: list[Listed], found: Found, masks: bool, of: dict[str, str])
     captions: list[str] = []
     regions: list[Region] = []
     objects: list[Object] = []
+    origins: Origins = {}
     for where, annotation, labels in ((*said, one.labels) for one in listed for said in one.said):
         with entry(where):
             text = annotation.caption
             if text is not None and not text.strip():
                 raise ValueError(f"{where}: caption is empty")
-            if annotation.bbox is None:
+            if text is not None and annotation.bbox is None:
                 captions.append(text.strip())
                 continue
-            box = found.nearly_inside(where, corners(annotation.bbox))
-            mask = mask_of(where, annotation.segmentation, (found.width, found.height)) if masks else None
+            size = found.width, found.height
+            box = corners(annotation.bbox) if annotation.bbox else bounds_of(where, annotation.segmentation, size)
+            if box is None:
+                if is_unchecked():
+                    raise ValueError(f"{where}: no caption, no bbox and no outline; packing leaves it out")
+                found.boxes[UNPLACED] += 1
+                continue
+            box = found.nearly_inside(where, box)
+            mask = mask_of(where, annotation.segmentation, size) if masks else None
             if text is not None:
+                origins["regions", len(regions)] = where
                 regions.append(Region(box_xyxy=box, descriptions=[text.strip()], mask=mask))
             else:
                 given = annotation.attributes if isinstance(annotation.attributes, list) else []
                 words = [word for word in given if isinstance(word, str) and word.strip()]
+                origins["objects", len(objects)] = where
                 label = labels[annotation.category_id]
                 objects.append(Object(box_xyxy=box, label=label, attributes=words, mask=mask))
     picture = listed[0].picture
     return record(
         listed[0].where,
         found,
+        origins,
         captions=captions,
         regions=regions,
         objects=objects,

@@ -9,7 +9,7 @@
     a.jpg,10,20,110,100,a dog that sleeps
     a.jpg,,,,,a dog on a sofa
 
-The names of the columns decide what they are; any others are an error:
+The names of the columns, in small letters or capitals, decide what they are; any others are an error:
 
 - ``image``: path of the image.
 - ``left,top,right,bottom`` or ``xmin,ymin,xmax,ymax``: the box by its edges, right and bottom exclusive.
@@ -26,7 +26,8 @@ Boxes are in pixels of the stored image. The folder's name becomes the records' 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from xvlm.data.readers.entries import entry, files_of, load_table, part_of
+from xvlm.data.problems import LOOK_XYWH, looks_xywh
+from xvlm.data.readers.entries import Origins, entry, files_of, load_table, part_of
 from xvlm.data.readers.photographs import (
     AllowMissing,
     Found,
@@ -42,6 +43,7 @@ from xvlm.data.records import Box, Object, Record, Region
 EDGES = (("left", "top", "right", "bottom"), ("xmin", "ymin", "xmax", "ymax"))
 CORNER_AND_SIZE = ("x", "y", "width", "height")
 TEXTS = ("text", "label", "caption")
+SHOWN = 200  # characters of a heading that makes no sense
 
 Row = dict[str, str]
 Said = tuple[str, Row, tuple[str, ...]]  # what a row is called in messages, the row, its table's columns of the box
@@ -91,10 +93,12 @@ def _rows(paths: Sequence[Path], split: str) -> dict[str, list[Said]]:
     rows_of: dict[str, list[Said]] = {}
     split_of: dict[str, str] = {}
     for path in paths:
+        _check_is_table(path)
         heading, rows = load_table(path)
-        columns = _box_columns(path, heading)
-        for where, row in rows:
+        columns = _box_columns(path, [column.lower() for column in heading])
+        for where, cells in rows:
             with entry():
+                row = {column.lower(): cell for column, cell in cells.items()}
                 name, named = tidy(row["image"]), row.get("split", split)
                 if not name:
                     raise ValueError(f"{where}: image is empty")
@@ -108,6 +112,19 @@ def _rows(paths: Sequence[Path], split: str) -> dict[str, list[Said]]:
     return rows_of
 
 
+def _check_is_table(path: Path) -> None:
+    """Raises ValueError about a file that is empty or JSON, or whose cells are separated by something else."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        start = file.readline(SHOWN).strip()
+        if not start and not file.read(1):
+            raise ValueError(f"{path}: the file is empty")
+    if start.startswith(("{", "[")):
+        raise ValueError(f"{path}: this looks like JSON, not like a table; for the reader coco_json or json_lines?")
+    for name, separator in (("';'", ";"), ("tabs", "\t")):
+        if "," not in start and separator in start:
+            raise ValueError(f"{path}: separated by {name}; save it as CSV with commas")
+
+
 def _box_columns(path: Path, heading: list[str]) -> tuple[str, ...]:
     """None: no boxes. Raises ValueError about columns that are missing or unknown."""
     known = (*EDGES, CORNER_AND_SIZE)
@@ -119,7 +136,7 @@ def _box_columns(path: Path, heading: list[str]) -> tuple[str, ...]:
     wrong = [
         *(["one only, so no commas between them"] if len(heading) == 1 else []),
         *([f"several of {name}" for name in dict.fromkeys(heading) if heading.count(name) > 1]),
-        *([f"unknown {', '.join(sorted(unknown))}"] if unknown else []),
+        *([f"unknown {', '.join(sorted(unknown)):.{SHOWN}}"] if unknown else []),
         *([f"no {', '.join(absent)}"] if absent else []),
         *(["no image"] if "image" not in heading else []),
         *(["no text"] if not set(TEXTS) & set(heading) else []),
@@ -129,7 +146,7 @@ def _box_columns(path: Path, heading: list[str]) -> tuple[str, ...]:
         boxes = " or ".join(",".join(layout) for layout in (*EDGES, CORNER_AND_SIZE))
         raise ValueError(
             f"{path}: columns: {'; '.join(wrong)}; expected image, a box as one of {boxes} or none, at least one of "
-            f"{','.join(TEXTS)}, and perhaps attributes, split; found {','.join(heading)}"
+            f"{','.join(TEXTS)}, and perhaps attributes, split; found {','.join(heading):.{SHOWN}}"
         )
     return box
 
@@ -138,6 +155,7 @@ def _record(name: str, rows: list[Said], found: Found, of: dict[str, str]) -> Re
     captions: list[str] = []
     regions: list[Region] = []
     objects: list[Object] = []
+    origins: Origins = {}
     for where, row, columns in rows:
         with entry(where):
             box = _box(where, row, columns, found)
@@ -154,13 +172,16 @@ def _record(name: str, rows: list[Said], found: Found, of: dict[str, str]) -> Re
             if text and box is None:
                 captions.append(text)
             elif text:
+                origins["regions", len(regions)] = where
                 regions.append(Region(box_xyxy=box, descriptions=[text]))
             if label:
+                origins["objects", len(objects)] = where
                 adjectives = [word.strip() for word in row.get("attributes", "").split(";") if word.strip()]
                 objects.append(Object(box_xyxy=box, label=label, attributes=adjectives))
     return record(
         rows[0][0],
         found,
+        origins,
         captions=list(dict.fromkeys(captions)),
         regions=regions,
         objects=objects,
@@ -179,5 +200,11 @@ def _box(where: str, row: Row, columns: tuple[str, ...], found: Found) -> Box | 
         a, b, c, d = (float(cell) for cell in cells)
     except ValueError:
         raise ValueError(f"{where}: {','.join(columns)}: expected four numbers, found {','.join(cells)}") from None
-    box = corners((a, b, c, d)) if columns == CORNER_AND_SIZE else (a, b, c, d)
-    return found.nearly_inside(where, box)
+    if columns == CORNER_AND_SIZE:
+        return found.nearly_inside(where, corners((a, b, c, d)))
+    try:
+        return found.nearly_inside(where, (a, b, c, d))
+    except ValueError as error:
+        if looks_xywh((a, b, c, d), (found.width, found.height)):
+            raise ValueError(f"{error}; {LOOK_XYWH}") from None
+        raise

@@ -40,21 +40,32 @@ _PARTS: dict[str, Literal["train", "val", "test"]] = {"train": "train", "val": "
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 
+Origins = dict[Place, str]  # of values in a record, where a reader has each from; () is the record's own
+
 _LISTED: ContextVar[list[ValueError | OSError] | None] = ContextVar("listed", default=None)
+_ORIGINS: ContextVar[dict[str, Origins] | None] = ContextVar("origins", default=None)
 
 
 @contextmanager
-def listing(errors: list[ValueError | OSError] | None) -> Iterator[None]:
+def listing(errors: list[ValueError | OSError] | None, origins: dict[str, Origins] | None = None) -> Iterator[None]:
     """What is wrong with an entry that is read inside goes to this list, and the entries after it are read.
 
     Args:
         errors: None: to no list; it is raised.
+        origins: takes those of each record, by its id.
     """
-    before = _LISTED.set(errors)
+    before, origins_before = _LISTED.set(errors), _ORIGINS.set(origins)
     try:
         yield
     finally:
         _LISTED.reset(before)
+        _ORIGINS.reset(origins_before)
+
+
+def keep_origins(record: str, origins: Origins) -> None:
+    """For a check, which tells where in the files a value is that is wrong."""
+    if (kept := _ORIGINS.get()) is not None:
+        kept[record] = origins
 
 
 @contextmanager
@@ -283,7 +294,8 @@ def load_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
                 if row is None:
                     return
                 if escaped := _ESCAPED.search("".join(row)):
-                    raise ValueError(f"{where}: expected UTF-8, found the byte 0x{ord(escaped[0]) - 0xDC00:02x}")
+                    byte = ord(escaped[0]) - 0xDC00
+                    raise ValueError(f"{where}: expected UTF-8, found the byte 0x{byte:02x}; save it as CSV UTF-8")
                 if row:
                     yield where, [cell.strip() for cell in row]
 

@@ -20,7 +20,7 @@ from urllib.request import urlopen
 from pydantic import ValidationError
 
 from xvlm.data.images import Undecodable, open_image
-from xvlm.data.readers.entries import NAMED, explained
+from xvlm.data.readers.entries import NAMED, Origins, explained, keep_origins
 from xvlm.data.records import Box, Record, is_unchecked
 
 Sample = tuple[Record, bytes]
@@ -35,7 +35,7 @@ SECONDS = 30.0  # that a server may be silent
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = re.compile(r"(?<=[^/])\.[^/.?]*$")
+_NO_FILE = re.compile(r'[\\:?*"<>|]')  # what URLs have, and names of files had better not have
 _COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_0*(\d+)(?:_\d+)?\.")
 _FLICKR_URL = re.compile(r"static\.?flickr\.com/(?:.*/)?(\d+)_[0-9a-f]+")
 
@@ -186,11 +186,13 @@ class Photographs:
         return next((path for place in self.places for name in names if _is_file(path := place / name)), None)
 
     def id_of(self, name: str) -> str:
-        """An id for the image of this name: :func:`identifier`, with a digest behind it where another one has that."""
-        plain = identifier(name)
-        if self.names.setdefault(plain, name) == name:
-            return plain
-        return f"{plain}_{sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+        """The :func:`identifier` of an image. Raises ValueError where another image has the same; names both."""
+        made = identifier(name)
+        if (other := self.names.setdefault(made, name)) != name:
+            raise ValueError(
+                f"{self.places[0]}: {name}: its id would be {made!r}, as that of {other}; rename one of them"
+            )
+        return made
 
     def take(self, listed: str, name: str, path: Path | str, image: bytes | None) -> Found | None:
         """As :meth:`find`, of a photograph that is no file of its own; ``image`` is None where it is absent."""
@@ -231,17 +233,27 @@ def _fetched(url: str) -> bytes | None:
 # What is said
 
 
-def record(where: str, found: Found, **said: Any) -> Record:
-    """The record of a photograph. Raises ValueError that says where and which field is wrong."""
+def record(where: str, found: Found, origins: Origins | None = None, **said: Any) -> Record:
+    """The record of a photograph. Raises ValueError that says where and which field is wrong.
+
+    Args:
+        origins: where values are that are elsewhere.
+    """
     try:
-        return Record(width=found.width, height=found.height, **said)
+        made = Record(width=found.width, height=found.height, **said)
     except ValidationError as error:
         raise explained(where, error) from None
+    keep_origins(made.id, {(): where} | (origins or {}))
+    return made
 
 
 def identifier(name: str) -> str:
-    """An id out of a path or URL, without its suffix: ``val2014/a.b.jpg`` is ``val2014_a_b``."""
-    return re.sub(r'[/\\.:?*"<>|]+', "_", _SUFFIX.sub("", name)).strip("_")
+    """An id out of a path or URL and nothing else: ``val2014/a.jpg`` is ``val2014_a``, ``a.png`` is ``a_png``.
+
+    That of a URL ends with a digest, as what is replaced in it may be all that tells it from another.
+    """
+    plain = re.sub(r"[/.]+", "_", _NO_FILE.sub("/", name.removesuffix(".jpg")).strip("/."))
+    return f"{plain}_{sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}" if _NO_FILE.search(name) else plain
 
 
 def tidy(name: str) -> str:

@@ -105,7 +105,7 @@ def read(
                     made = record(
                         where,
                         found,
-                        id=f"{identifier(path.name)}_{number:08d}",
+                        id=f"{identifier(path.stem)}_{number:08d}",
                         source=source,
                         split=part,
                         captions=_texts(line.caption) + _texts(line.desc),
