@@ -560,6 +560,30 @@ def test_shards_packed_before_from_one_table_of_all_splits_are_trained_on(script
     assert (out / "results-val.json").exists()
 
 
+def test_a_run_does_not_go_on_with_other_data(scripts, tmp_path):
+    out, file = tmp_path / "run", own_files(tmp_path / "mine", ".csv", 4)
+    words = [str(ROOT / "configs/finetune/grounding.yaml"), f"data.train={file}", f"out={out}", *OWN]
+    scripts[0].main(words)
+    scripts[0].main(words)  # is finished
+    table = file.read_text()
+    file.write_text(table.replace("pictures/3.png,,,,,", "pictures/3.png,,,,,now "))
+    other = r"run was trained on another .*my\.csv; remove that run, or choose another out="
+    for main, changed in ((scripts[0].main, words), (scripts[1].main, [*words, "split=val"])):
+        with pytest.raises(ConfigError, match=other):
+            main(changed)
+    (out / "report.html").unlink()  # as in a run that was interrupted
+    with pytest.raises(ConfigError, match=other):
+        scripts[0].main(words)
+    file.write_text(table)
+    shutil.rmtree(out / "shards")
+    scripts[0].main(words)  # the same is packed again, and the run ends
+    shutil.rmtree(out / "shards")
+    (tmp_path / "mine/pictures/3.png").write_bytes((tmp_path / "mine/pictures/2.png").read_bytes())
+    (out / "report.html").unlink()
+    with pytest.raises(ConfigError, match=r"run was trained on another .*shards/train; "):
+        scripts[0].main(words)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
