@@ -185,6 +185,12 @@ def shards_of(config: FinetuneRun, split: str) -> Shards:
     return Shards(config.evaluation.splits[split])
 
 
+def asked_of(config: FinetuneRun, split: str) -> tuple[Shards, range]:
+    """The records of a split, and which of them are asked."""
+    shards = shards_of(config, split)
+    return shards, range(min(len(shards), config.evaluation.records or len(shards)))
+
+
 def trained_on(config: FinetuneRun) -> list[Path]:
     """The folders of shards that a run learns from."""
     return list(chain.from_iterable(locate(config.stream).values()))
@@ -198,14 +204,14 @@ def ask(
     Args:
         weights: the folder its weights are in, for what is stored with them; None while it trains.
     """
-    shards = shards_of(config, split)
+    shards, indices = asked_of(config, split)
     was_training = task.training
     task.eval()
     rows = config.recipe.ask(
         task,
         processor,
         shards,
-        range(min(len(shards), config.evaluation.records or len(shards))),
+        indices,
         batch_size=config.evaluation.batch_size,
         weights=weights,
         boxes_from=config.evaluation.proposals,
@@ -258,10 +264,9 @@ def calibrate(config: FinetuneRun, task: nn.Module, processor: Processor, folder
     """Store beside the weights how sure to be that a phrase is in the image; see :mod:`xvlm.presence`."""
     if config.evaluation.calibrate is None:
         return
-    shards = shards_of(config, config.evaluation.calibrate)
     task.eval()
-    records = range(min(len(shards), config.evaluation.records or len(shards)))
-    asked = presence.gather(task, task.model, processor, shards, records, config.evaluation.batch_size)
+    records = asked_of(config, config.evaluation.calibrate)
+    asked = presence.gather(task, task.model, processor, *records, config.evaluation.batch_size)
     presence.fit(*asked).save_pretrained(folder)
 
 
@@ -282,6 +287,7 @@ def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any
         "commit": probe.commit(),
         **made_with,
         "examples": len(rows),
+        "left_out": config.recipe.left_out(*asked_of(config, split)),
         "numbers": numbers,
         "chance": config.recipe.chance(rows, shards_of(config, split)),
         "slices": {view.headline: by_slice(view, rows) for view in config.recipe.views},
@@ -300,7 +306,10 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     found = {name: column for name, column in columns.items() if column}
     rows = [[name, *(column.get(name) for column in found.values())] for name in result["numbers"]]
     title = f"{result['task']}, {result['split']}"
-    made = [report.Table(f"{title}: {counted(result['examples'], 'example')}", ["", *found], rows, result["protocol"])]
+    examples = counted(result["examples"], "example")
+    if left_out := result.get("left_out"):
+        examples += f", {counted(left_out, 'text')} left out (several boxes of an image have the same one)"
+    made = [report.Table(f"{title}: {examples}", ["", *found], rows, result["protocol"])]
     for headline, slices in result["slices"].items():
         rows = [[name, part["examples"], part[headline]] for name, part in slices.items()]
         if rows:

@@ -560,12 +560,17 @@ def test_shards_packed_before_from_one_table_of_all_splits_are_trained_on(script
     assert (out / "results-val.json").exists()
 
 
-def test_a_run_does_not_go_on_with_other_data(scripts, tmp_path):
+def test_a_run_does_not_go_on_with_other_data(scripts, tmp_path, capsys):
     out, file = tmp_path / "run", own_files(tmp_path / "mine", ".csv", 4)
     words = [str(ROOT / "configs/finetune/grounding.yaml"), f"data.train={file}", f"out={out}", *OWN]
-    scripts[0].main(words)
-    scripts[0].main(words)  # is finished
+    file.write_text(f"{file.read_text()}\npictures/0.png,0,0,5,5,twice\npictures/0.png,9,9,15,15,twice")
     table = file.read_text()
+    scripts[0].main(words)
+    result = json.loads((out / "results-val.json").read_text())
+    assert (result["examples"], result["left_out"]) == (1, 2)
+    left_out = "grounding, val: 1 example, 2 texts left out (several boxes of an image have the same one)"
+    assert left_out in capsys.readouterr().out and left_out in (out / "report.html").read_text()
+    scripts[0].main(words)  # is finished
     file.write_text(table.replace("pictures/3.png,,,,,", "pictures/3.png,,,,,now "))
     other = r"run was trained on another .*my\.csv; remove that run, or choose another out="
     for main, changed in ((scripts[0].main, words), (scripts[1].main, [*words, "split=val"])):
