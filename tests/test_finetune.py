@@ -545,11 +545,27 @@ def test_validation_images_in_a_file_of_their_own(scripts, tmp_path):
         scripts[0].main([*words, *OWN, "title=again", f"out={tmp_path / 'other'}", f"corpus.out={out / 'shards'}"])
 
 
+def mark_val(file: Path, *pictures: str) -> None:
+    """Give a table a column that says of some pictures that they are for validation."""
+    heading, *rows = file.read_text().splitlines()
+    marked = [f"{row},{'val' if row.startswith(pictures) else 'train'}" for row in rows]
+    file.write_text("\n".join([f"{heading},split", *marked]))
+
+
+def test_the_rows_that_a_table_calls_val_are_held_out(scripts, tmp_path, capsys):
+    out, file = tmp_path / "run", own_files(tmp_path / "mine", ".csv", 5)
+    mark_val(file, "pictures/3.", "pictures/4.")
+    scripts[0].main([str(ROOT / "configs/finetune/grounding.yaml"), f"data.train={file}", f"out={out}", *OWN])
+    val = Shards(out / "shards/val")
+    assert [val.key(i) for i in range(len(val))] == ["pictures_3", "pictures_4"]
+    assert "images: train 3, val 2\n" in capsys.readouterr().out
+    scripts[1].main([str(out / "config.yaml"), "split=val"])  # the run's own says it all
+    assert "grounding, val: 2 examples" in capsys.readouterr().out
+
+
 def test_shards_packed_before_from_one_table_of_all_splits_are_trained_on(scripts, tmp_path):
     file, shards, out = own_files(tmp_path / "mine", ".csv", 4), tmp_path / "shards", tmp_path / "run"
-    heading, *rows = file.read_text().splitlines()
-    marked = [f"{row},{'val' if row.startswith('pictures/0.') else 'train'}" for row in rows]
-    file.write_text("\n".join([f"{heading},split", *marked]))
+    mark_val(file, "pictures/0.")
     for split in ("train", "val"):
         pack(CorpusConfig(reader="csv_table", files={split: file}, out=shards, splits={split: None}))
     packed = {path: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
