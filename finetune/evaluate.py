@@ -17,7 +17,7 @@ from runs import FinetuneRun, ask, facts, fingerprint, judge, load, read_rows, s
 
 from xvlm import distributed, hub, probe, train
 from xvlm.config import ConfigError, dump_config, load_config
-from xvlm.run import script
+from xvlm.run import check_data, script
 
 OPTIONS = ("split", "model", "predictions", "submission")
 MEASURED = ("numbers", "chance", "slices", "commit")  # all else says what was measured, and how
@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(FinetuneRun, arguments[0], overrides)
     split = given.get("split", "test")
     shards_of(config, split)  # says at once what is not there
+    check_data(config.out)
     if "submission" in given and config.recipe.submission is None:
         raise ConfigError(f"submission: no server takes predictions of {config.task.name}")
     if "predictions" in given:

@@ -67,6 +67,7 @@ class Recipe:
     end_token: bool = False  # whether texts end with [SEP]
     submission: Callable[[Sequence[Any]], Any] | None = None  # what the benchmark's server takes, as JSON
     more_heads: Callable[[Any], tuple[str, ...]] = lambda task: ()  # those that this configuration of the task needs
+    left_out: Callable[[Shards, Sequence[int]], int] = lambda shards, indices: 0  # texts that cannot be asked fairly
     # What else the answers depend on, for the results: of the task, `evaluation.proposals`, the folder of the weights.
     facts: Callable[..., dict[str, Any]] = lambda task, **_: {}
 
@@ -225,6 +226,7 @@ RECIPES = {
         protocol=f"{BOXES} Chance: the whole image as the answer.",
         notes=ABSENT,
         views=(GROUNDING,),
+        left_out=evaluate.left_out,
         more_heads=lambda task: ("itm_head",) if task.itm else (),
         facts=facts_of_presence,
     ),
@@ -242,6 +244,7 @@ RECIPES = {
         "heat in it. Chance: any of the proposals, without proposals the whole image.",
         notes=ABSENT,
         views=(GROUNDING,),
+        left_out=evaluate.left_out,
         facts=facts_of_heat,
     ),
     "vqa": Recipe(

@@ -17,6 +17,7 @@ from xvlm import hub, presence, probe, report
 from xvlm.config import ConfigError, Configured, merge
 from xvlm.data.processor import Processor
 from xvlm.data.proposals import Source
+from xvlm.data.readers.entries import load_table
 from xvlm.data.shards import Shards
 from xvlm.data.stream_config import StreamConfig, locate
 from xvlm.models.init import InitConfig, initial_model, pretrained_model
@@ -71,7 +72,8 @@ class FinetuneRun(RunConfig):
 
     title: str = "Fine-tuning"
     # Your own files instead of a corpus, by split: {train: my.csv}. They are packed to corpus.out, by default
-    # <out>/shards. Without a `val`, every tenth image of train is held out.
+    # <out>/shards. Without a `val`, it is the rows of train's table that its column `split` calls so, or without these
+    # every tenth image of train.
     data: dict[str, Path] = {}
     task: TaskConfig
     init: InitConfig  # `model`: the pre-trained weights, whose shape and processor the task takes over
@@ -105,7 +107,8 @@ class FinetuneRun(RunConfig):
             case _:
                 shards = Path(str(values.get("out"))) / "shards"
         splits = ["train", "val", *(split for split in data if split not in ("train", "val"))]
-        corpus = {"reader": READERS[kinds.pop()], "files": data, "out": str(shards), "splits": dict.fromkeys(splits)}
+        files = data if "val" in data or not tells_val(Path(str(data["train"]))) else data | {"val": data["train"]}
+        corpus = {"reader": READERS[kinds.pop()], "files": files, "out": str(shards), "splits": dict.fromkeys(splits)}
         made = {
             "corpus": corpus,
             "stream": {"shards": [str(shards / "train")]},
@@ -148,6 +151,14 @@ class FinetuneRun(RunConfig):
         return RECIPES[self.task.name]
 
 
+def tells_val(file: Path) -> bool:
+    """Whether a table's column ``split`` says of an image that it is for validation."""
+    if file.suffix != ".csv" or not file.is_file():
+        return False
+    _, rows = load_table(file)
+    return any(row.get("split") == "val" for _, row in rows)
+
+
 def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:
     """The task, the names of its parameters that start fresh among pre-trained ones, and its processor."""
     recipe, name = config.recipe, config.init.model
@@ -185,6 +196,12 @@ def shards_of(config: FinetuneRun, split: str) -> Shards:
     return Shards(config.evaluation.splits[split])
 
 
+def asked_of(config: FinetuneRun, split: str) -> tuple[Shards, range]:
+    """The records of a split, and which of them are asked."""
+    shards = shards_of(config, split)
+    return shards, range(min(len(shards), config.evaluation.records or len(shards)))
+
+
 def trained_on(config: FinetuneRun) -> list[Path]:
     """The folders of shards that a run learns from."""
     return list(chain.from_iterable(locate(config.stream).values()))
@@ -198,14 +215,14 @@ def ask(
     Args:
         weights: the folder its weights are in, for what is stored with them; None while it trains.
     """
-    shards = shards_of(config, split)
+    shards, indices = asked_of(config, split)
     was_training = task.training
     task.eval()
     rows = config.recipe.ask(
         task,
         processor,
         shards,
-        range(min(len(shards), config.evaluation.records or len(shards))),
+        indices,
         batch_size=config.evaluation.batch_size,
         weights=weights,
         boxes_from=config.evaluation.proposals,
@@ -258,10 +275,9 @@ def calibrate(config: FinetuneRun, task: nn.Module, processor: Processor, folder
     """Store beside the weights how sure to be that a phrase is in the image; see :mod:`xvlm.presence`."""
     if config.evaluation.calibrate is None:
         return
-    shards = shards_of(config, config.evaluation.calibrate)
     task.eval()
-    records = range(min(len(shards), config.evaluation.records or len(shards)))
-    asked = presence.gather(task, task.model, processor, shards, records, config.evaluation.batch_size)
+    records = asked_of(config, config.evaluation.calibrate)
+    asked = presence.gather(task, task.model, processor, *records, config.evaluation.batch_size)
     presence.fit(*asked).save_pretrained(folder)
 
 
@@ -282,6 +298,7 @@ def judge(config: FinetuneRun, split: str, rows: Sequence[Any], **made_with: Any
         "commit": probe.commit(),
         **made_with,
         "examples": len(rows),
+        "left_out": config.recipe.left_out(*asked_of(config, split)),
         "numbers": numbers,
         "chance": config.recipe.chance(rows, shards_of(config, split)),
         "slices": {view.headline: by_slice(view, rows) for view in config.recipe.views},
@@ -300,7 +317,10 @@ def tables(result: dict[str, Any]) -> list[report.Table]:
     found = {name: column for name, column in columns.items() if column}
     rows = [[name, *(column.get(name) for column in found.values())] for name in result["numbers"]]
     title = f"{result['task']}, {result['split']}"
-    made = [report.Table(f"{title}: {counted(result['examples'], 'example')}", ["", *found], rows, result["protocol"])]
+    examples = counted(result["examples"], "example")
+    if left_out := result.get("left_out"):
+        examples += f", {counted(left_out, 'text')} left out (several boxes of an image have the same one)"
+    made = [report.Table(f"{title}: {examples}", ["", *found], rows, result["protocol"])]
     for headline, slices in result["slices"].items():
         rows = [[name, part["examples"], part[headline]] for name, part in slices.items()]
         if rows:

@@ -30,6 +30,7 @@ from xvlm import distributed, hub, probe, runlog, train
 from xvlm.data import scenes
 from xvlm.data.pack import CorpusConfig
 from xvlm.data.processor import Processor
+from xvlm.data.shards import Shards
 from xvlm.evaluate import Numbers
 from xvlm.models import lora
 from xvlm.optim import freeze, learning
@@ -50,6 +51,10 @@ def run(config: FinetuneRun, dry_run: bool) -> None:
     started = time.time() - runlog.seconds_so_far(config.out)
     prepare(config, [config.stream], config.evaluation.splits.values())
     check_calibration(config)
+    if distributed.world().rank == 0:
+        folders = {"train": trained_on(config)} | {split: [at] for split, at in config.evaluation.splits.items()}
+        counts = {split: sum(len(Shards(each)) for each in folders[split]) for split in folders}
+        print(f"images: {', '.join(f'{split} {count:,}' for split, count in counts.items())}")
     torch.manual_seed(config.train.seed)
     task, fresh, processor = build(config)
     task.to(accelerator.device)

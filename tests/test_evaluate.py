@@ -15,6 +15,7 @@ from xvlm import boxes, evaluate, metrics, probe
 from xvlm.data import proposals, scenes
 from xvlm.data.processor import Processor, ProcessorConfig
 from xvlm.data.reading import records
+from xvlm.data.records import Region
 from xvlm.data.shards import Shards
 from xvlm.data.writing import write_shards
 from xvlm.presence import Presence, WithPresence
@@ -49,6 +50,18 @@ def test_retrieval_scores_are_the_matching_logits(world):
             words = model.encode_text(processor.texts([text] * 8))
             expected = model.match(model.fuse(words, concepts, torch.arange(8)))[:, 1]
             torch.testing.assert_close(found.scores[:, column], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_texts_of_several_boxes_are_left_out_and_counted_and_the_same_box_again_is_one(tmp_path):
+    record, image = next(scenes.samples(scenes.SceneConfig(size=32), "test", 1))
+    said = [((0, 0, 9, 9), "a cup"), ((9, 9, 20, 20), "a cup"), ((0, 0, 9, 9), "red"), ((0, 0, 9, 9), "red")]
+    regions = [Region(box_xyxy=box, descriptions=[text]) for box, text in said]
+    bare = record.model_copy(update={"expressions": [], "regions": regions})
+    write_shards([(bare, image)], tmp_path, progress=False)
+    asked = [(query.text, query.boxes_xyxy) for query in evaluate.queries(bare, 0)]
+    assert asked == [("red", ((0, 0, 9, 9),))]
+    assert evaluate.left_out(Shards(tmp_path), [0]) == 2
+    assert list(evaluate.queries(record, 0)) and evaluate.left_out(Shards(tmp_path), []) == 0
 
 
 def test_each_direction_ranks_its_own_candidates(world):

@@ -545,11 +545,27 @@ def test_validation_images_in_a_file_of_their_own(scripts, tmp_path):
         scripts[0].main([*words, *OWN, "title=again", f"out={tmp_path / 'other'}", f"corpus.out={out / 'shards'}"])
 
 
+def mark_val(file: Path, *pictures: str) -> None:
+    """Give a table a column that says of some pictures that they are for validation."""
+    heading, *rows = file.read_text().splitlines()
+    marked = [f"{row},{'val' if row.startswith(pictures) else 'train'}" for row in rows]
+    file.write_text("\n".join([f"{heading},split", *marked]))
+
+
+def test_the_rows_that_a_table_calls_val_are_held_out(scripts, tmp_path, capsys):
+    out, file = tmp_path / "run", own_files(tmp_path / "mine", ".csv", 5)
+    mark_val(file, "pictures/3.", "pictures/4.")
+    scripts[0].main([str(ROOT / "configs/finetune/grounding.yaml"), f"data.train={file}", f"out={out}", *OWN])
+    val = Shards(out / "shards/val")
+    assert [val.key(i) for i in range(len(val))] == ["pictures_3", "pictures_4"]
+    assert "images: train 3, val 2\n" in capsys.readouterr().out
+    scripts[1].main([str(out / "config.yaml"), "split=val"])  # the run's own says it all
+    assert "grounding, val: 2 examples" in capsys.readouterr().out
+
+
 def test_shards_packed_before_from_one_table_of_all_splits_are_trained_on(scripts, tmp_path):
     file, shards, out = own_files(tmp_path / "mine", ".csv", 4), tmp_path / "shards", tmp_path / "run"
-    heading, *rows = file.read_text().splitlines()
-    marked = [f"{row},{'val' if row.startswith('pictures/0.') else 'train'}" for row in rows]
-    file.write_text("\n".join([f"{heading},split", *marked]))
+    mark_val(file, "pictures/0.")
     for split in ("train", "val"):
         pack(CorpusConfig(reader="csv_table", files={split: file}, out=shards, splits={split: None}))
     packed = {path: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
@@ -558,6 +574,35 @@ def test_shards_packed_before_from_one_table_of_all_splits_are_trained_on(script
     assert packed == {path: path.stat().st_mtime_ns for path in shards.rglob("*.tar")}
     assert [len(Shards(shards / split)) for split in ("train", "val")] == [3, 1]
     assert (out / "results-val.json").exists()
+
+
+def test_a_run_does_not_go_on_with_other_data(scripts, tmp_path, capsys):
+    out, file = tmp_path / "run", own_files(tmp_path / "mine", ".csv", 4)
+    words = [str(ROOT / "configs/finetune/grounding.yaml"), f"data.train={file}", f"out={out}", *OWN]
+    file.write_text(f"{file.read_text()}\npictures/0.png,0,0,5,5,twice\npictures/0.png,9,9,15,15,twice")
+    table = file.read_text()
+    scripts[0].main(words)
+    result = json.loads((out / "results-val.json").read_text())
+    assert (result["examples"], result["left_out"]) == (1, 2)
+    left_out = "grounding, val: 1 example, 2 texts left out (several boxes of an image have the same one)"
+    assert left_out in capsys.readouterr().out and left_out in (out / "report.html").read_text()
+    scripts[0].main(words)  # is finished
+    file.write_text(table.replace("pictures/3.png,,,,,", "pictures/3.png,,,,,now "))
+    other = r"run was trained on another .*my\.csv; remove that run, or choose another out="
+    for main, changed in ((scripts[0].main, words), (scripts[1].main, [*words, "split=val"])):
+        with pytest.raises(ConfigError, match=other):
+            main(changed)
+    (out / "report.html").unlink()  # as in a run that was interrupted
+    with pytest.raises(ConfigError, match=other):
+        scripts[0].main(words)
+    file.write_text(table)
+    shutil.rmtree(out / "shards")
+    scripts[0].main(words)  # the same is packed again, and the run ends
+    shutil.rmtree(out / "shards")
+    (tmp_path / "mine/pictures/3.png").write_bytes((tmp_path / "mine/pictures/2.png").read_bytes())
+    (out / "report.html").unlink()
+    with pytest.raises(ConfigError, match=r"run was trained on another .*shards/train; "):
+        scripts[0].main(words)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_an_image_is_encoded_once_and_boxes_are_in_its_pixels(model, processor, 
     with torch.no_grad():
         concepts = method.encode(processor.pixel_values(picture)[None])
         normalised = method.ground(processor.texts(PHRASES), concepts, torch.zeros(len(PHRASES), dtype=torch.long))
+    assert [each.phrase for each in found] == PHRASES
     for each, share in zip(found, normalised, strict=True):
         torch.testing.assert_close(each.boxes_xyxy, share.boxes_xyxy * torch.tensor([96.0, 60, 96, 60]))
 

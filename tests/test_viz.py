@@ -105,6 +105,13 @@ def test_of_a_grounding_the_best_are_drawn_with_scores_and_masks(photograph):
     assert drawn.tobytes() == viz.draw(photograph, found, ["0.90", "0.50"], top=2).tobytes()
 
 
+def test_the_only_box_of_a_grounding_has_its_phrase(photograph):
+    found = Grounded(BOX, torch.tensor([0.0]), presence=0.0, phrase="the red disc")
+    assert viz.draw(photograph, found).tobytes() == viz.draw(photograph, BOX, ["the red disc"]).tobytes()
+    unasked = Grounded(BOX, torch.tensor([0.0]))
+    assert viz.draw(photograph, unasked).tobytes() == viz.draw(photograph, BOX).tobytes()
+
+
 def test_labels_that_do_not_fit_the_boxes(photograph):
     with pytest.raises(ValueError, match="one for each of the 1 boxes, found 2"):
         viz.draw(photograph, BOX, ["one", "two"])

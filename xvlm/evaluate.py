@@ -8,9 +8,9 @@ word take no part; they are counted and logged.
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from random import Random
 from typing import Literal, TypeVar
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from xvlm import boxes, distributed, metrics
 from xvlm.data.processor import Processor
 from xvlm.data.reading import records
-from xvlm.data.records import Record, Region
+from xvlm.data.records import Box, Record, Region
 from xvlm.data.shards import Shards
 from xvlm.grounder import Method
 from xvlm.models.vision import regions_in_pixels
@@ -335,13 +335,26 @@ def queries(record: Record, index: int) -> Iterator[Query]:
             if phrase.boxes_xyxy:
                 text = record.captions[phrase.caption][phrase.start : phrase.end]
                 yield Query(index, text, tuple(phrase.boxes_xyxy), record=record.id)
-    if not record.expressions and not record.phrases:
-        named = [(region.descriptions[0], region.box_xyxy) for region in record.regions]
-        named = named or [(thing.label, thing.box_xyxy) for thing in record.objects]
-        times = Counter(text for text, _ in named)
-        for text, box_xyxy in named:
-            if times[text] == 1:  # which of several would be right?
-                yield Query(index, text, (box_xyxy,), record=record.id)
+    for text, boxes_xyxy in _things(record).items():
+        if len(boxes_xyxy) == 1:  # which of several would be right?
+            yield Query(index, text, tuple(boxes_xyxy), record=record.id)
+
+
+def left_out(shards: Shards, indices: Sequence[int]) -> int:
+    """How many texts with a box :func:`queries` leaves out, since their image has them for other boxes too."""
+    things = chain.from_iterable(_things(shards.read(i)[0]).values() for i in indices)
+    return sum(len(boxes_xyxy) for boxes_xyxy in things if len(boxes_xyxy) > 1)
+
+
+def _things(record: Record) -> dict[str, dict[Box, None]]:
+    """The boxes of each description or label of a record that has neither expressions nor phrases, each box once."""
+    if record.expressions or record.phrases:
+        return {}
+    named = [(region.descriptions[0], region.box_xyxy) for region in record.regions]
+    found: dict[str, dict[Box, None]] = {}
+    for text, box_xyxy in named or [(thing.label, thing.box_xyxy) for thing in record.objects]:
+        found.setdefault(text, {})[box_xyxy] = None
+    return found
 
 
 def grounding_numbers(answered: Sequence[Query]) -> Numbers:

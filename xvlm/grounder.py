@@ -89,4 +89,7 @@ class Grounder:
         texts = self.processor.texts(list(phrases)).to(self.method.device)
         found = [each.to("cpu") for each in self.method.ground(texts, self.seen, about)]
         scale = torch.tensor([self.size * 2], dtype=torch.float)
-        return [replace(each, boxes_xyxy=each.boxes_xyxy * scale) for each in found]
+        return [
+            replace(each, boxes_xyxy=each.boxes_xyxy * scale, phrase=phrase)
+            for each, phrase in zip(found, phrases, strict=True)
+        ]

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xvlm import distributed, probe, runlog, train
+from xvlm import distributed, hub, probe, runlog, train
 from xvlm.config import ConfigError, Configured, dump_config, load_config
 from xvlm.data.pack import CorpusConfig, pack
 from xvlm.data.processor import Processor
-from xvlm.data.shards import Shards
+from xvlm.data.shards import INDEX, Shards
 from xvlm.data.stream_config import StreamConfig, locate
 from xvlm.data.streams import UnusableData
 from xvlm.models import checkpoints
@@ -23,6 +23,7 @@ from xvlm.optim import OptimConfig
 from xvlm.train import TrainConfig
 
 FACTS = ("commit", "seed", "machine", "torch", "device", "minutes")  # of a result, how it came about
+LEARNED_FROM = "learned_from.json"  # in a run folder: the SHA-256 of the tables and indexes that it learns from
 
 
 class RunConfig(Configured):
@@ -110,6 +111,7 @@ def finished(config: RunConfig) -> bool:
     ended = all((config.out / name).exists() for name in ("config.yaml", "model", "report.html"))
     if ended:
         distributed.main_first(partial(train.claim, config.out, config))
+        check_data(config.out)
         if distributed.world().rank == 0:
             print(f"{config.out} is finished: {config.out / 'report.html'}")
     return ended
@@ -122,20 +124,44 @@ def prepare(config: RunConfig, streams: Iterable[StreamConfig | None], evaluated
 
     Raises:
         FileNotFoundError: shards that are learned from or evaluated on are not there; better now than at the end.
+        ConfigError: the run has learned from other data.
     """
 
     def work() -> None:
+        known = config.out / LEARNED_FROM
+        if not train.started(config.out):
+            known.unlink(missing_ok=True)
         train.claim(config.out, config)
+        check_data(config.out)  # the run is what is wrong with a table that was edited, more than the shards
         probe.note_commit(config.out)
         if config.corpus is not None:
             pack(config.corpus)
         learned = [folder for stream in filter(None, streams) for found in locate(stream).values() for folder in found]
         for folder in (*learned, *evaluated):
             Shards(folder)
+        check_data(config.out)
+        if not known.exists():
+            tables = config.corpus.files.get("train", []) if config.corpus else []
+            files = [*tables, *(Path(folder) / INDEX for folder in learned)]
+            hub.write_atomically(known, json.dumps({str(file): hub.sha256(file) for file in files}, indent=2))
 
     distributed.main_first(work)
     if distributed.world().rank == 0:
         print(dump_config(config))
+
+
+def check_data(out: Path) -> None:
+    """Whether what a run learned from is still the same; what is no longer there cannot have changed.
+
+    Raises:
+        ConfigError: it is not; names the table or the folder of shards.
+    """
+    known = out / LEARNED_FROM
+    for name, digest in (json.loads(known.read_text()) if known.exists() else {}).items():
+        file = Path(name)
+        if file.is_file() and hub.sha256(file) != digest:
+            other = file.parent if file.name == INDEX else file
+            raise ConfigError(f"{out} was trained on another {other}; remove that run, or choose another out=")
 
 
 def keep(model: Pretrained, processor: Processor, folder: Path) -> None:

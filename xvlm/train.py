@@ -37,7 +37,7 @@ from xvlm.runlog import Best, Log, Validation
 from xvlm.states import Progress
 from xvlm.types import Movable
 
-STARTED = ("log.jsonl", "state", "untrained.json", "model")  # a run folder with any of these has measured or learned
+STARTED = ("log.jsonl", "state", "untrained.json", "model")
 ASK_EVERY = 3.0  # seconds between two looks at whether a run should stop, where there are several processes
 # Fields, by the end of their names, that a run may be continued with other values of: they change nothing it learns.
 FREE = (".workers", ".cache.folder", ".cache.gigabytes", ".save_every", ".keep", ".log_every", ".trackers")
@@ -106,6 +106,11 @@ def make_accelerator(config: TrainConfig, out: Path, *, all_heads: bool = False)
     )
 
 
+def started(out: Path) -> bool:
+    """Whether the run in a folder has measured or learned anything."""
+    return any((out / name).exists() for name in STARTED)
+
+
 def claim(out: Path, config: Configured) -> None:
     """Make a run folder, or check that it belongs to this very configuration, apart from what is ``FREE``.
 
@@ -115,7 +120,7 @@ def claim(out: Path, config: Configured) -> None:
         ConfigError: the folder holds a run of another configuration; names the keys that differ.
     """
     file = out / "config.yaml"
-    if file.exists() and any((out / name).exists() for name in STARTED):
+    if file.exists() and started(out):
         before, now = _flat(parse_yaml(file.read_text())), _flat(parse_yaml(dump_config(config)))
         differ = [
             f"{key} was {before.get(key)!r}, is now {now.get(key)!r}"

@@ -158,7 +158,7 @@ class Grounded(Movable):
     """What every grounder returns for one phrase: boxes in pixels of the image given, best first.
 
     ``presence`` is the probability that the phrase is in the image at all, where the method has one; ``heat`` where the
-    method looked, over the grid of patches.
+    method looked, over the grid of patches; ``phrase`` what a :class:`xvlm.grounder.Grounder` was asked.
     """
 
     boxes_xyxy: Float[Tensor, "box 4"]
@@ -166,3 +166,4 @@ class Grounded(Movable):
     presence: float | None = None
     masks: Bool[Tensor, "box height width"] | None = None
     heat: Float[Tensor, "row column"] | None = None
+    phrase: str = ""

@@ -45,8 +45,8 @@ def draw(
 
     Args:
         image: boxes are ``xyxy`` in its pixels.
-        found: solid boxes, best first; of a :class:`Grounded` only the ``top`` best, labelled with their scores unless
-            labels are given.
+        found: solid boxes, best first; of a :class:`Grounded` only the ``top`` best, labelled unless labels are given:
+            several with their scores, one with its phrase.
         labels: one for each box drawn, or none.
         true_xyxy: boxes known to be right, dashed and white; ``true_labels``: one for each, or none.
         colours: taken in turns by the solid boxes.
@@ -58,7 +58,8 @@ def draw(
     boxes_xyxy = found
     if isinstance(found, Grounded):
         boxes_xyxy = found.boxes_xyxy[:top]
-        labels = labels or [f"{score:.2f}" for score in found.scores[:top].tolist()]
+        several = len(boxes_xyxy) > 1  # else there is nothing that a score tells it from
+        labels = labels or [f"{s:.2f}" if several else found.phrase for s in found.scores[:top].tolist()]
     canvas, scale = _enlarged(image.convert("RGB"), least_side)
     if isinstance(found, Grounded) and found.masks is not None:
         for i, mask in enumerate(found.masks[:top]):
