@@ -61,7 +61,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path):
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # where the default cache is
     return Cache(folder=tmp_path / "cache")
 
 
@@ -152,6 +153,9 @@ def test_commands_that_were_given_here_are_run_for_an_index_anywhere(folder, cac
     found = Shards(tmp_path / "index", cache)
     assert [found.read(i) for i in range(6)] == EXPECTED
     other = Cache(folder=tmp_path / "another")
+    for elsewhere in (other, Cache()):
+        assert Shards(tmp_path / "index", elsewhere).read(0) == EXPECTED[0]
+    shutil.rmtree(Cache().root / "trusted")
     with pytest.raises(PermissionError):
         Shards(tmp_path / "index", other)
     tars.locate(places[0], other)

@@ -157,7 +157,6 @@ def index(
     from xvlm.data.tars import expand, write_index
 
     places = expand(tars)
-    Cache().trust(places)  # so that what reads the index with another cache may run them too
     index = write_index(places, out, Cache(folder=cache, gigabytes=gigabytes))
     typer.echo(f"{out}: {counted(index.counts['records'], 'record')} in {counted(len(index.shards), 'tar')}")
 

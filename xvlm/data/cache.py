@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Annotated, BinaryIO
 
@@ -72,12 +72,20 @@ class Cache(Configured):
             return file
 
     def trust(self, places: Iterable[str]) -> None:
-        """Note the commands among places that the user named: no others are run because an index leads to them."""
+        """Note the commands among places that the user named: no others are run because an index leads to them.
+
+        The default cache has a note as well, if it can be written to: an index may be opened with that one.
+        """
         for place in filter(_may_run, places):
-            note = self.root / TRUSTED / digest(place)
-            if not note.exists():
-                note.parent.mkdir(parents=True, exist_ok=True)
-                hub.write_atomically(note, place)
+            self._note(place)
+            with suppress(OSError):
+                Cache()._note(place)
+
+    def _note(self, place: str) -> None:
+        note = self.root / TRUSTED / digest(place)
+        if not note.exists():
+            note.parent.mkdir(parents=True, exist_ok=True)
+            hub.write_atomically(note, place)
 
     def check(self, place: str) -> None:
         """Raises PermissionError over a command that nobody gave to :meth:`trust`, of this cache or the default one."""
