@@ -139,9 +139,9 @@ def test_what_is_packed_is_checked_and_counted(tmp_path, monkeypatch):
     assert counted[0].startswith("scenes: 6 records; ")
     assert Image.open(tmp_path / "plots.png").format == "PNG"
     again = ("data", "pack", "scenes", tmp_path / "again", "--split", "test", "--workers", 0, "--avoid", folder)
-    printed = lines_of(*again, "--limit", 7, "--leaks", "report")
+    printed = lines_of(*again, "--limit", 8, "--leaks", "report")
     remarks = tmp_path / "again/test/remarks.jsonl"
-    assert printed[-2:] == [f"leak: 6 packed all the same, listed in {remarks}", f"{tmp_path}/again/test: 7 records"]
+    assert printed[-2:] == [f"leak: 6 packed all the same, listed in {remarks}", f"{tmp_path}/again/test: 8 records"]
     tar = folder / "000000.tar"
     tar.write_bytes(tar.read_bytes().replace(b'{"id":', b'{"if":', 1))
     printed = CliRunner().invoke(app, ["data", "stats", str(folder)]).stdout.splitlines()
