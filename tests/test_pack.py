@@ -687,6 +687,21 @@ def test_names_of_labels_beside_a_file_that_was_named_are_part_of_the_source(tmp
         pack(asked)
 
 
+def test_a_table_without_a_column_of_splits_is_one_split(tmp_path):
+    place(tmp_path, *(f"{i}.jpg" for i in range(4)))
+    table = tmp_path / "all.csv"
+    table.write_text("".join(["image,text\n", *(f"{i}.jpg,a dog\n" for i in range(4))]))
+    corpus = {"out": tmp_path / "out", "reader": "csv_table"}
+    expected = r"all\.csv: all its rows would be .*; expected a column split"
+    both = CorpusConfig(**corpus, files={"train": table, "val": table}, splits={"train": None, "val": None})
+    with pytest.raises(ValueError, match=expected):
+        pack(both)
+    assert not both.out.exists()
+    pack(CorpusConfig(**corpus, files={"train": table}, splits={"train": None}))
+    with pytest.raises(ValueError, match=expected):
+        pack(CorpusConfig(**corpus, files={"val": table}, splits={"val": None}))
+
+
 def test_a_table_with_a_column_of_splits_is_held_out_from_within_train(tmp_path):
     place(tmp_path, *(f"{i}.jpg" for i in range(4)))
     rows = [f"{i}.jpg,a dog,{'test' if i == 3 else 'train'}\n" for i in range(4)]

@@ -16,6 +16,7 @@ from xvlm.data import scenes
 from xvlm.data.fingerprint import fingerprint, fingerprint_beside
 from xvlm.data.leaks import Guard
 from xvlm.data.prepare import Preparation
+from xvlm.data.readers.csv_table import tells_splits
 from xvlm.data.records import Record
 from xvlm.data.scenes import SceneConfig
 from xvlm.data.shards import INDEX, Shards, read_index, read_remarks
@@ -99,9 +100,11 @@ def pack(config: CorpusConfig) -> dict[str, Shards]:
 
     Raises:
         FileNotFoundError, ValueError: from the reader, or about an image that cannot be packed, naming file and record;
-            or a split was packed from something else, or from a source that has changed since.
+            or a split was packed from something else, or from a source that has changed since; or two splits are of one
+            table that does not say which rows are of which.
     """
     guard = None
+    _check_apart(config)
     for split, limit in config.splits.items():
         folder, description = config.out / split, _description(config, split, limit)
         source = _Source(config, split, limit)
@@ -176,6 +179,32 @@ def _check_same(folder: Path, source: _Source, description: dict[str, Any]) -> N
         hub.write_atomically(kept, now)
 
 
+def _check_apart(config: CorpusConfig) -> None:
+    """Raises ValueError where two splits, packed now or before, are of one table without a column that parts them."""
+    if config.reader != "csv_table":
+        return
+    read_before: dict[str, Any] = {}
+    for index in sorted(config.out.glob(f"*/{INDEX}")):
+        with suppress(ValueError):  # another file of that name
+            read_before[index.parent.name] = read_index(index.parent).description.get("file")
+    for split in filter(config.files.get, config.splits):
+        digest = _digest(config, split)
+        for other in read_before.keys() - {split}:
+            held_out = config.holds_out and {split, other} == {"train", "val"}
+            if read_before[other] == digest and not held_out and not all(map(tells_splits, _files(config, split))):
+                raise ValueError(
+                    f"{_files(config, split)[0]}: all its rows would be {split} and {other} as well; expected a column "
+                    "split, or a table for each"
+                )
+        read_before[split] = digest
+
+
+def _digest(config: CorpusConfig, split: str) -> str | list[str]:
+    """Of the files of a split."""
+    digests = [hub.sha256(file) for file in _files(config, split)]
+    return digests[0] if len(digests) == 1 else digests
+
+
 def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
     """What the shards of a split depend on, as their index keeps it."""
     description: dict[str, Any] = {"reader": config.reader, "split": split, "limit": limit}
@@ -191,8 +220,7 @@ def _description(config: CorpusConfig, split: str, limit: int | None) -> dict:
         return description | {"version": scenes.VERSION, "scenes": config.scenes.model_dump(mode="json")}
     description |= {"folder": str(config.folder.resolve()) if config.folder else None}
     if config.files:
-        digests = [hub.sha256(file) for file in _files(config, split)]
-        description |= {"file": digests[0] if len(digests) == 1 else digests, "holds_out": config.holds_out}
+        description |= {"file": _digest(config, split), "holds_out": config.holds_out}
     if config.images:
         description["images"] = [str(folder.resolve()) for folder in config.images]
     return description

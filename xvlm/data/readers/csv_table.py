@@ -88,6 +88,12 @@ def read(
                     yield _record(name, rows, found, of), found.image
 
 
+def tells_splits(path: Path) -> bool:
+    """Whether a table says of each row which split it is of; else all rows are of any split that is asked for."""
+    heading, _ = load_table(path)
+    return "split" in heading
+
+
 def _rows(paths: Sequence[Path], split: str) -> dict[str, list[Said]]:
     """The rows of each image that are of this split."""
     rows_of: dict[str, list[Said]] = {}
