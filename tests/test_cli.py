@@ -207,6 +207,15 @@ def test_a_source_is_checked_before_it_is_packed(tmp_path):
     assert Shards(fix).read(0)[0].captions == []
 
 
+def test_packing_that_is_stopped_says_how_it_continues(tmp_path, monkeypatch):
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xvlm.data.pack.pack", stopped)
+    ran = CliRunner().invoke(app, ["data", "pack", "scenes", str(tmp_path), "--limit", "9"])
+    assert (ran.exit_code, ran.stderr) == (130, "stopped; the same command continues\n")
+
+
 def test_packing_photographs_that_exif_turns_says_what_to_do_about_their_boxes(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

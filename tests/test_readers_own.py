@@ -107,7 +107,7 @@ def test_coco_json_keeps_outlines_or_says_that_it_does_not(tmp_path, caplog):
     )
     ((record, _),) = coco_json.read(tmp_path, "train")
     assert (record.objects[0].mask, record.captions) == (None, ["a dog"])
-    assert "1 outlines were left out (masks keeps them)" in caplog.text
+    assert "1 outlines were left out (--masks or corpus.masks=true keeps them)" in caplog.text
     ((record, _),) = coco_json.read(tmp_path, "train", masks=True)
     assert mask.area(record.objects[0].mask.model_dump()) == 30 * 40
 
@@ -130,6 +130,15 @@ def test_coco_json_without_a_box_has_that_of_its_outline_or_is_left_out(tmp_path
     assert places == ["annotations.2:", "annotations.3:", "annotations.4:"]
 
 
+def test_coco_json_says_how_many_images_have_no_text(tmp_path, caplog):
+    place(tmp_path, "a.jpg", "sub/b.v2.jpg")
+    for annotations, silent in ((FILE["annotations"], 0), (FILE["annotations"][3:], 1), ([], 2)):
+        caplog.clear()
+        (tmp_path / "train.json").write_text(json.dumps(FILE | {"annotations": annotations}))
+        assert len(list(coco_json.read(tmp_path, "train"))) == 2
+        assert (f"{silent} of 2 images have no text" in caplog.text) == bool(silent)
+
+
 def test_coco_json_of_turned_or_absent_images(tmp_path, caplog):
     (tmp_path / "train.json").write_text(json.dumps(FILE))
     place(tmp_path, "a.jpg", size=(80, 100))
@@ -137,7 +146,8 @@ def test_coco_json_of_turned_or_absent_images(tmp_path, caplog):
         list(coco_json.read(tmp_path, "train"))
     place(tmp_path, "a.jpg")
     with pytest.raises(
-        FileNotFoundError, match=r"sub/b\.v2\.jpg: no such photograph, .*train\.json: image 'b' lists it"
+        FileNotFoundError,
+        match=r"sub/b\.v2\.jpg: no such photograph, .*train\.json: image 'b' lists it \(--allow-missing or ",
     ):
         list(coco_json.read(tmp_path, "train"))
     assert len(list(coco_json.read(tmp_path, "train", allow_missing=True))) == 1

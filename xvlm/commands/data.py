@@ -44,7 +44,11 @@ def pack(
     asked["workers"] = _cores() if workers is None else workers
     config = validate(packing.CorpusConfig, asked, "xvlm data pack")
     before = (out / split / INDEX).exists()
-    packed = packing.pack(config)[split]
+    try:
+        packed = packing.pack(config)[split]
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command continues", err=True)
+        raise typer.Exit(130) from None
     said = Counter((remark.why, remark.packed) for remark in read_remarks(out / split))
     for (why, kept), count in said.items():
         outcome = "packed all the same" if kept else "left out"

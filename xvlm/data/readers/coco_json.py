@@ -116,7 +116,8 @@ def read(
         for listed in _listed(path):
             listed_of[tidy(listed.picture.file_name)].append(listed)
     source = folder.resolve().name
-    places, outlines = (f"images/{split}", split, "images", "."), 0
+    places = (f"images/{split}", split, "images", ".")
+    outlines = images_read = silent = 0
     with Photographs(folder, *places, at=images_at, allow_missing=allow_missing) as images:
         for file_name, listed in listed_of.items():
             with entry():
@@ -128,9 +129,14 @@ def read(
                         found = found.of_size(picture.width, picture.height)
                 outlines += sum(bool(annotation.segmentation) for one in listed for _, annotation in one.said)
                 of = {"id": images.id_of(file_name), "source": source, "split": part}
-                yield _record(listed, found, masks, of), found.image
+                made = _record(listed, found, masks, of)
+                images_read += 1
+                silent += not (made.captions or made.regions or made.objects)
+                yield made, found.image
+    if silent:
+        logger.warning("%s: %d of %d images have no text", folder, silent, images_read)
     if outlines and not masks:
-        logger.warning("%s: %d outlines were left out (masks keeps them)", folder, outlines)
+        logger.warning("%s: %d outlines were left out (--masks or corpus.masks=true keeps them)", folder, outlines)
 
 
 def _listed(path: Path) -> Iterator[Listed]:

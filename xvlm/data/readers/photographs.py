@@ -203,7 +203,9 @@ class Photographs:
             except Undecodable as error:
                 raise type(error)(f"{path}: {error} ({listed})") from None
         if self.allow_missing is False:
-            raise FileNotFoundError(f"{path}: no such photograph, but {listed} (allow_missing leaves it out)")
+            raise FileNotFoundError(
+                f"{path}: no such photograph, but {listed} (--allow-missing or corpus.allow_missing=true leaves it out)"
+            )
         self.absent.append(name)
         if isinstance(self.allow_missing, list):
             self.allow_missing.append(name)
