@@ -101,12 +101,32 @@ def python_of(text: str) -> str:
     "page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")], ids=lambda page: page.name
 )
 def test_python_blocks_run(page, tmp_path):
-    scene = scenes.sample_scene(scenes.SceneConfig(), "test", 0)
-    Image.fromarray(scenes.draw(scene, 128)).save(tmp_path / "scene.png")
+    if page.name != "README.md":  # which makes it
+        picture(tmp_path)
     script = tmp_path / f"{page.stem}.py"
     script.write_text(python_of(page.read_text(encoding="utf-8")), encoding="utf-8")
+    run_python(script)
+    made = [f"{each.name}/" if each.is_dir() else each.name for each in tmp_path.iterdir() if each != script]
+    ask = ["git", "-C", str(ROOT), "check-ignore", "--no-index", *made]
+    if (ROOT / ".git").exists():
+        assert set(subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()) == set(made)
+
+
+def test_weights_are_loaded_by_a_block_of_its_own(tmp_path):
+    picture(tmp_path)
+    script = tmp_path / "block.py"
+    script.write_text(next(b.code for b in blocks((ROOT / "README.md").read_text()) if "embed_regions" in b.code))
+    run_python(script)
+
+
+def picture(folder: Path) -> None:
+    scene = scenes.sample_scene(scenes.SceneConfig(), "test", 0)
+    Image.fromarray(scenes.draw(scene, 128)).save(folder / "scene.png")
+
+
+def run_python(script: Path) -> None:
     # A process of its own: what other tests imported must not make up for an import that the page lacks.
-    ran = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, str(script)], cwd=script.parent, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
 
 
