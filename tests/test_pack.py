@@ -586,6 +586,16 @@ def test_evaluation_images_may_be_reported_only(source, held_out, tmp_path):
     assert (remark.record, remark.packed) == ("r2", True)
 
 
+def test_a_leak_that_is_reported_hides_no_other_remark(source, held_out, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.open(io.BytesIO(picture(2))).save(file, "JPEG", exif=exif)
+    source[:] = [(sample(2)[0], file.getvalue())]
+    pack(config(tmp_path / "out", avoid=[held_out], leaks="report"))
+    assert [remark.why for remark in read_remarks(tmp_path / "out/train")] == ["rotated", "leak"]
+
+
 def test_packed_without_a_guard_is_not_packed_with_one(source, held_out, tmp_path):
     pack(config(tmp_path / "out"))
     with pytest.raises(ValueError, match="was packed from"):

@@ -35,24 +35,26 @@ class Preparation:
             picture = decode_image(image, strict=True)
         except ValueError as error:
             if self.allow_broken:
-                return Prepared(None, Remark(record=record.id, why="unreadable", packed=False, message=str(error)))
+                remark = Remark(record=record.id, why="unreadable", packed=False, message=str(error))
+                return Prepared(None, (remark,))
             raise ValueError(f"{record.source} record {record.id!r}: {error} (allow_broken leaves it out)") from None
         if picture.size != (record.width, record.height):
             raise ValueError(
                 f"{record.source} record {record.id!r}: the image is {picture.width}x{picture.height}, "
                 f"the record says {record.width}x{record.height}"
             )
-        remark = None
+        remarks: tuple[Remark, ...] = ()
         if orientation(picture) != 1 and any(record.boxes()):
             message = "EXIF turns the picture; its boxes are taken to be of the stored pixels"
-            remark = Remark(record=record.id, why="rotated", packed=True, message=message)
+            remarks = (Remark(record=record.id, why="rotated", packed=True, message=message),)
         if self.guard is not None and (match := self.guard.match(record, picture)):
-            remark = Remark(record=record.id, why="leak", packed=self.report_leaks, message=match)
+            leak = Remark(record=record.id, why="leak", packed=self.report_leaks, message=match)
             if not self.report_leaks:
-                return Prepared(None, remark)
+                return Prepared(None, (leak,))
+            remarks += (leak,)
         if self.max_side is not None and max(picture.size) > self.max_side:
             record, image = smaller(record, image, picture, self.max_side)
-        return Prepared((record, image), remark)
+        return Prepared((record, image), remarks)
 
 
 def smaller(record: Record, image: bytes, picture: Image.Image, max_side: int) -> tuple[Record, bytes]:

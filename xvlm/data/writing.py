@@ -30,10 +30,10 @@ BYTES_PER_SHARD = 1 << 29  # a shard that has them is full
 
 
 class Prepared(NamedTuple):
-    """What becomes of a sample on its way into a shard; None: it is left out, and the remark says why."""
+    """What becomes of a sample on its way into a shard; None: it is left out, and the last remark says why."""
 
     sample: tuple[Record, bytes] | None
-    remark: Remark | None = None
+    remarks: tuple[Remark, ...] = ()
 
 
 def as_it_is(record: Record, image: bytes) -> Prepared:
@@ -97,12 +97,11 @@ def write_shards(
         gone = {remark.record for part in finished for remark in part.remarks if not remark.packed}
 
         def kept() -> Iterator[tuple[Record, bytes]]:
-            for digest, (sample, remark) in ordered_map(partial(_prepared, prepare), stream, workers):
+            for digest, (sample, told_of) in ordered_map(partial(_prepared, prepare), stream, workers):
                 digests.append(digest)
-                if remark is not None:
-                    remarks.append(remark)
+                remarks.extend(told_of)
                 if sample is None:
-                    gone.add(remark.record)
+                    gone.add(told_of[-1].record)
                     continue
                 record, image = sample
                 if record.id in seen:
