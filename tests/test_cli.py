@@ -68,7 +68,7 @@ def test_annotations_of_any_name_and_images_elsewhere(monkeypatch, tmp_path):
     exported.write_text(json.dumps(file))
     where = ("--file", exported, "--images", tmp_path / "photos", "--workers", 0)
     checked = lines_of("data", "check", tmp_path, "--reader", "coco_json", *where)
-    assert checked == [f"{tmp_path}: 1 record of split val, 0 problems; other splits were not looked at (--split)"]
+    assert checked == [f"{tmp_path}: 1 record of split train, 0 problems; other splits were not looked at (--split)"]
     out = tmp_path / "shards"
     assert lines_of("data", "pack", "coco_json", out, "--split", "val", *where) == [f"{out / 'val'}: 1 record"]
     assert "files: coco reads a folder" in error_of(monkeypatch, "data", "pack", "coco", out, *where)
