@@ -449,7 +449,7 @@ def test_a_check_reads_on_behind_lines_of_a_table_that_are_no_text(tmp_path):
     assert [str(error).partition("train.csv ")[2][:20] for error in errors] == [
         "line 2: expected UTF",
         "line 3: not readable",
-        "line 6 lists it (all",
+        "line 6 lists it (--a",
     ]
     assert record.captions == ["two\nlines", "d"]
     (tmp_path / "train.csv").write_bytes("image,text\na.jpg,x\n".encode("utf-16"))
