@@ -557,7 +557,7 @@ def test_the_rows_that_a_table_calls_val_are_held_out(scripts, tmp_path, capsys)
     mark_val(file, "pictures/3.", "pictures/4.")
     scripts[0].main([str(ROOT / "configs/finetune/grounding.yaml"), f"data.train={file}", f"out={out}", *OWN])
     val = Shards(out / "shards/val")
-    assert [val.key(i) for i in range(len(val))] == ["pictures_3", "pictures_4"]
+    assert [val.key(i) for i in range(len(val))] == ["pictures_3_png", "pictures_4_png"]
     assert "images: train 3, val 2\n" in capsys.readouterr().out
     scripts[1].main([str(out / "config.yaml"), "split=val"])  # the run's own says it all
     assert "grounding, val: 2 examples" in capsys.readouterr().out
