@@ -17,7 +17,7 @@ from xvlm import hub, presence, probe, report
 from xvlm.config import ConfigError, Configured, merge
 from xvlm.data.processor import Processor
 from xvlm.data.proposals import Source
-from xvlm.data.readers.entries import load_table
+from xvlm.data.readers import csv_table
 from xvlm.data.shards import Shards
 from xvlm.data.stream_config import StreamConfig, locate
 from xvlm.models.init import InitConfig, initial_model, pretrained_model
@@ -107,8 +107,10 @@ class FinetuneRun(RunConfig):
             case _:
                 shards = Path(str(values.get("out"))) / "shards"
         splits = ["train", "val", *(split for split in data if split not in ("train", "val"))]
-        files = data if "val" in data or not tells_val(Path(str(data["train"]))) else data | {"val": data["train"]}
-        corpus = {"reader": READERS[kinds.pop()], "files": files, "out": str(shards), "splits": dict.fromkeys(splits)}
+        table = Path(str(data["train"]))
+        if "val" not in data and table.suffix == ".csv" and table.is_file() and "val" in csv_table.splits_of(table):
+            data = data | {"val": data["train"]}
+        corpus = {"reader": READERS[kinds.pop()], "files": data, "out": str(shards), "splits": dict.fromkeys(splits)}
         made = {
             "corpus": corpus,
             "stream": {"shards": [str(shards / "train")]},
@@ -149,14 +151,6 @@ class FinetuneRun(RunConfig):
     @property
     def recipe(self) -> Recipe:
         return RECIPES[self.task.name]
-
-
-def tells_val(file: Path) -> bool:
-    """Whether a table's column ``split`` says of an image that it is for validation."""
-    if file.suffix != ".csv" or not file.is_file():
-        return False
-    _, rows = load_table(file)
-    return any(row.get("split") == "val" for _, row in rows)
 
 
 def build(config: FinetuneRun) -> tuple[nn.Module, list[str], Processor]:

@@ -549,7 +549,7 @@ def mark_val(file: Path, *pictures: str) -> None:
     """Give a table a column that says of some pictures that they are for validation."""
     heading, *rows = file.read_text().splitlines()
     marked = [f"{row},{'val' if row.startswith(pictures) else 'train'}" for row in rows]
-    file.write_text("\n".join([f"{heading},split", *marked]))
+    file.write_text("\n".join([f"{heading},Split", *marked]))  # capitals are no matter
 
 
 def test_the_rows_that_a_table_calls_val_are_held_out(scripts, tmp_path, capsys):

@@ -20,6 +20,7 @@ from xvlm.data import check, shards, tars, writing
 from xvlm.data.cache import Cache
 from xvlm.data.records import Record
 from xvlm.data.shards import BrokenSample, Shards
+from xvlm.hub import sha256
 
 
 def encoded(colour: int) -> bytes:
@@ -161,6 +162,18 @@ def test_commands_that_were_given_here_are_run_for_an_index_anywhere(folder, cac
     tars.locate(places[0], other)
     shutil.rmtree(other.root / "trusted")  # as of an index that an earlier version made
     assert Shards(tars.locate(places[0], other), other).read(0) == EXPECTED[0]
+
+
+@pytest.mark.parametrize(("digest", "problems"), [("right", []), ("0" * 64, ["not the bytes that were packed"])])
+def test_the_bytes_of_tars_elsewhere_are_checked_too(folder, cache, tmp_path, digest, problems):
+    place = f"pipe:cat {folder}/000.tar"
+    tars.write_index([place], tmp_path / "index", cache, progress=False)
+    index = json.loads((tmp_path / "index/index.json").read_text())
+    index["shards"][0]["sha256"] = sha256(folder / "000.tar") if digest == "right" else digest
+    (tmp_path / "index/index.json").write_text(json.dumps(index))
+    report = check.check(check.packed(tmp_path / "index", cache), ignore={"image-mode"})
+    assert [problem.message for problem in report.problems if problem.kind == "shard"] == problems
+    assert report.records == len(index["shards"][0]["samples"])
 
 
 def test_files_that_an_index_leads_to_are_tars(tmp_path, cache):

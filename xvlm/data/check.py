@@ -25,7 +25,6 @@ from xvlm.data.readers.entries import Origins, listing
 from xvlm.data.records import Record, unchecked
 from xvlm.data.shards import INDEX, Shard, captioned, read_index
 from xvlm.data.writing import write_shards
-from xvlm.hub import sha256
 
 CHANGES = "changes.jsonl"
 CORNER, ENOUGH = 0.5, 20  # the share of boxes ending in the lower right corner that is no chance, of so many at least
@@ -70,9 +69,9 @@ def packed(folder: Path, cache: Cache = Cache()) -> Iterator[Item | Problem]:  #
         except OSError as error:
             yield Problem("shard", (), str(error), where=place)
             continue
-        if shard.sha256 and sha256(Path(place)) != shard.sha256:
-            yield Problem("shard", (), "not the bytes that were packed", where=place)
         with file:
+            if shard.sha256 and hub.sha256_of(file) != shard.sha256:
+                yield Problem("shard", (), "not the bytes that were packed", where=place)
             length = os.fstat(file.fileno()).st_size
             for key, *extents in shard.samples:
                 name = key.rpartition("/")[2]

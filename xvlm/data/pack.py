@@ -16,7 +16,7 @@ from xvlm.data import scenes
 from xvlm.data.fingerprint import fingerprint, fingerprint_beside
 from xvlm.data.leaks import Guard
 from xvlm.data.prepare import Preparation
-from xvlm.data.readers.csv_table import tells_splits
+from xvlm.data.readers.csv_table import splits_of
 from xvlm.data.records import Record
 from xvlm.data.scenes import SceneConfig
 from xvlm.data.shards import INDEX, Shards, read_index, read_remarks
@@ -191,7 +191,7 @@ def _check_apart(config: CorpusConfig) -> None:
         digest = _digest(config, split)
         for other in read_before.keys() - {split}:
             held_out = config.holds_out and {split, other} == {"train", "val"}
-            if read_before[other] == digest and not held_out and not all(map(tells_splits, _files(config, split))):
+            if read_before[other] == digest and not held_out and not all(map(splits_of, _files(config, split))):
                 raise ValueError(
                     f"{_files(config, split)[0]}: all its rows would be {split} and {other} as well; expected a column "
                     "split, or a table for each"

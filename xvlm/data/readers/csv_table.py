@@ -88,10 +88,15 @@ def read(
                     yield _record(name, rows, found, of), found.image
 
 
-def tells_splits(path: Path) -> bool:
-    """Whether a table says of each row which split it is of; else all rows are of any split that is asked for."""
-    heading, _ = load_table(path)
-    return "split" in heading
+def splits_of(path: Path) -> set[str]:
+    """What the column ``split`` of a table says; nothing: it has none, and all rows are of any split that is asked for.
+
+    Raises:
+        ValueError: a row that cannot be read; names the file and the line.
+    """
+    heading, rows = load_table(path)
+    columns = [column for column in heading if column.lower() == "split"]
+    return {cells[column] for _, cells in rows for column in columns}
 
 
 def _rows(paths: Sequence[Path], split: str) -> dict[str, list[Said]]:
